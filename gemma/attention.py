@@ -1,0 +1,57 @@
+"""Gemma 2's attention: grouped queries, a cap on the logits, a window on local layers, documents kept apart.
+
+B batch, T query time, S key time, N query heads, K kv heads, G = N/K, H head size.
+"""
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -2.0e38  # finite, so that a row without any key stays finite too
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """cap * tanh(x / cap): smoothly within (-cap, cap). Gemma 2 report, section 2."""
+    return cap * jnp.tanh(x / cap)
+
+
+def rope(x_BTNH: jax.Array, position_BT: jax.Array, base: float) -> jax.Array:
+    """Rotary embedding, first half against second half, as in Gemma (arXiv:2104.09864 with split halves)."""
+    half = x_BTNH.shape[-1] // 2
+    timescale = base ** (jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BT1h = position_BT[:, :, None, None].astype(jnp.float32) / timescale
+    sin, cos = jnp.sin(angle_BT1h), jnp.cos(angle_BT1h)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
+
+
+def visible(segment_BT: jax.Array, window: int | None) -> jax.Array:
+    """mask_BTS: key s is seen by query t when s <= t, both lie in one document, and t - s < window."""
+    time = jnp.arange(segment_BT.shape[1])
+    distance_TS = time[:, None] - time[None, :]
+    mask_TS = distance_TS >= 0
+    if window is not None:
+        mask_TS &= distance_TS < window
+    return mask_TS[None] & (segment_BT[:, :, None] == segment_BT[:, None, :])
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segment_BT: jax.Array,
+    *,
+    window: int | None,
+    cap: float,
+) -> jax.Array:
+    """out_BTNH, in q's dtype; the softmax is taken in float32. q comes already scaled."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    logits_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    logits_BKGTS = soft_cap(logits_BKGTS, cap)
+    mask_BTS = visible(segment_BT, window)
+    logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, MASKED)
+    weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(q_BTNH.dtype)
+    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
+    return out_BTKGH.reshape(B, T, N, H)

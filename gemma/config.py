@@ -1,0 +1,240 @@
+"""What a training program is made of: frozen values, no defaults (they live in conf/), no JAX.
+
+Contradictions inside one section are refused on construction; what needs two sections is refused by `check`.
+Every refusal is a `ConfigError` whose text is one line: the key, what came, what is allowed.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """The user's mistake, told in one line."""
+
+
+def require(ok: bool, message: str) -> None:
+    """Raises ConfigError(message) unless ok."""
+    if not ok:
+        raise ConfigError(message)
+
+
+def require_at_least(section: str, values: dict[str, int | float], least: int | float) -> None:
+    for key, value in values.items():
+        require(value >= least, f"{section}.{key}={value}: must be at least {least}")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Gemma 2's shape; the numbers of 2B, 9B and 27B are the report's table 1 (arXiv:2408.00118)."""
+
+    name: str
+    vocab: int  # embedding rows; at least the tokenizer's ids
+    width: int
+    layers: int  # even: local and global alternate, scanned in pairs
+    heads: int
+    kv_heads: int
+    head_size: int
+    hidden: int
+    window: int  # a local layer's query sees itself and window-1 tokens before it
+    attention_cap: float
+    final_cap: float
+    query_scale: float  # multiplies q before the dot product
+    context: int
+    rope_base: float
+    norm_eps: float
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab", "width", "layers", "heads", "kv_heads", "head_size", "hidden", "window", "context")
+        require_at_least("model", {key: getattr(self, key) for key in sizes}, 1)
+        require(self.layers % 2 == 0, f"model.layers={self.layers}: must be even (local and global layers alternate)")
+        require(
+            self.heads % self.kv_heads == 0,
+            f"model.kv_heads={self.kv_heads}: must divide model.heads={self.heads}",
+        )
+        require(self.head_size % 2 == 0, f"model.head_size={self.head_size}: must be even (rotary halves)")
+        for key in ("attention_cap", "final_cap", "query_scale", "rope_base", "norm_eps"):
+            require(getattr(self, key) > 0, f"model.{key}={getattr(self, key)}: must be above 0")
+
+
+@dataclass(frozen=True)
+class Data:
+    source: Literal["stdlib", "text"]
+    path: str | None  # file, directory or glob; .txt, .md, .py, .jsonl, each also as .gz
+    text_key: str  # the field of a jsonl line that holds the text
+    tokenizer: str  # "byte", or the path of a SentencePiece model
+    sequence: int
+    eval_fraction: float  # of the documents, chosen by content hash, held out from training
+
+    def __post_init__(self) -> None:
+        require_at_least("data", {"sequence": self.sequence}, 2)
+        require(
+            0 < self.eval_fraction < 0.5,
+            f"data.eval_fraction={self.eval_fraction}: must lie between 0 and 0.5",
+        )
+        if self.source == "text":
+            require(self.path is not None, "data.path: missing; data=text needs a file or directory, data.path=PATH")
+        else:
+            require(self.path is None, f"data.path={self.path}: only data=text takes a path")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; -1 fills. `replica` crosses slices, `fsdp` and `tensor` stay inside one."""
+
+    replica: int
+    fsdp: int
+    tensor: int
+
+    def __post_init__(self) -> None:
+        for key in ("replica", "fsdp", "tensor"):
+            value = getattr(self, key)
+            require(value == -1 or value >= 1, f"mesh.{key}={value}: must be -1 (fill) or at least 1")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.replica, self.fsdp, self.tensor)
+
+    @property
+    def batch_shards(self) -> int:
+        return self.replica * self.fsdp
+
+
+@dataclass(frozen=True)
+class Optim:
+    lr: float
+    schedule: Literal["cosine", "constant", "linear"]
+    warmup_steps: int
+    final_lr_ratio: float  # the schedule ends at lr * final_lr_ratio
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float  # never on norms
+    clip_norm: float | None
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optim.lr={self.lr}: must be above 0")
+        require_at_least("optim", {"warmup_steps": self.warmup_steps, "weight_decay": self.weight_decay}, 0)
+        for key in ("beta1", "beta2", "final_lr_ratio"):
+            require(0 <= getattr(self, key) <= 1, f"optim.{key}={getattr(self, key)}: must lie in 0..1")
+        require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"optim.clip_norm={self.clip_norm}: must be above 0, or null for no clipping",
+        )
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: int
+    batch: int  # sequences a step, over all chips
+    seed: int
+    dtype: Literal["float32", "bfloat16"]  # compute; master weights are float32
+    accumulation: int  # microbatches a step
+    remat: Literal["none", "dots", "full"]  # what the backward pass keeps: all, matrix products, layer inputs
+    loss_chunk: int  # target positions whose logits exist at a time
+
+    def __post_init__(self) -> None:
+        sizes = ("steps", "batch", "accumulation", "loss_chunk")
+        require_at_least("train", {key: getattr(self, key) for key in sizes}, 1)
+        require_at_least("train", {"seed": self.seed}, 0)
+        require(
+            self.batch % self.accumulation == 0,
+            f"train.accumulation={self.accumulation}: must divide train.batch={self.batch}",
+        )
+
+
+@dataclass(frozen=True)
+class Eval:
+    every: int  # steps; 0 is off
+    batches: int
+
+    def __post_init__(self) -> None:
+        require_at_least("eval", {"every": self.every}, 0)
+        require_at_least("eval", {"batches": self.batches}, 1)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every: int  # steps; 0 is off. The last step is always saved
+    every_minutes: float  # 0 is off
+    keep_last: int
+    keep_every: int  # besides, keep every step divisible by this; 0 is off
+
+    def __post_init__(self) -> None:
+        values = {"every": self.every, "every_minutes": self.every_minutes, "keep_every": self.keep_every}
+        require_at_least("checkpoint", values, 0)
+        require_at_least("checkpoint", {"keep_last": self.keep_last}, 1)
+
+
+@dataclass(frozen=True)
+class Profile:
+    steps: tuple[int, ...]  # [] is off; [first, last] traces the steps first..last-1
+
+    def __post_init__(self) -> None:
+        pair = len(self.steps) == 2 and 0 <= self.steps[0] < self.steps[1]
+        require(
+            not self.steps or pair,
+            f"profile.steps={list(self.steps)}: must be [] or [first,last] with 0 <= first < last",
+        )
+
+
+@dataclass(frozen=True)
+class Program:
+    """All that the SPMD program needs to know. Equal programs train the same model, bit for bit, on equal meshes."""
+
+    model: Model
+    data: Data
+    mesh: Mesh
+    optim: Optim
+    train: Train
+    eval: Eval
+    checkpoint: Checkpoint
+    profile: Profile
+
+
+def fill(mesh: Mesh, chips: int) -> Mesh:
+    """The mesh with its -1 replaced, so that its product is the number of chips. At most one -1 is allowed."""
+    shown = f"mesh.replica={mesh.replica} mesh.fsdp={mesh.fsdp} mesh.tensor={mesh.tensor}"
+    free = [key for key in ("replica", "fsdp", "tensor") if getattr(mesh, key) == -1]
+    require(len(free) <= 1, f"{shown}: only one axis may be -1")
+    known = math.prod(size for size in mesh.shape if size != -1)
+    if free:
+        fits = chips % known == 0
+        require(fits, f"{shown}: {known} does not divide the {chips} chips; what is given must divide {chips}")
+        return replace(mesh, **{free[0]: chips // known})
+    if known != chips:
+        near = [f"mesh.fsdp={chips // rest}" for rest in [mesh.replica * mesh.tensor] if chips % rest == 0]
+        hint = near[0] if near else f"mesh.replica=1 mesh.fsdp={chips} mesh.tensor=1"
+        raise ConfigError(f"{shown}: makes {known} chips, the cluster has {chips}; what would fit: {hint}")
+    return mesh
+
+
+def check(program: Program) -> None:
+    """Refuses what contradicts itself across sections. The mesh must be filled."""
+    model, data, mesh, train = program.model, program.data, program.mesh, program.train
+    for key, size, name in (
+        ("fsdp", model.width, "model.width"),
+        ("tensor", model.kv_heads, "model.kv_heads"),
+        ("tensor", model.hidden, "model.hidden"),
+        ("tensor", model.vocab, "model.vocab"),
+    ):
+        ways = getattr(mesh, key)
+        allowed = [n for n in range(1, size + 1) if size % n == 0 and n <= 8192]
+        require(ways in allowed, f"mesh.{key}={ways}: must divide {name}={size}; allowed: {allowed}")
+    rows = mesh.batch_shards * train.accumulation
+    require(
+        train.batch % rows == 0,
+        f"train.batch={train.batch}: must be a multiple of {rows} (mesh.replica x mesh.fsdp x train.accumulation"
+        f" = {mesh.replica} x {mesh.fsdp} x {train.accumulation})",
+    )
+    require(
+        data.sequence <= model.context,
+        f"data.sequence={data.sequence}: {model.name} was made for at most {model.context} (model.context)",
+    )
+    if data.tokenizer == "byte":
+        require(model.vocab >= 260, f"model.vocab={model.vocab}: the byte tokenizer needs at least 260")
+    warmup = program.optim.warmup_steps
+    require(
+        warmup <= train.steps,
+        f"optim.warmup_steps={warmup}: must be at most train.steps={train.steps}",
+    )

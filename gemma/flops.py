@@ -1,0 +1,28 @@
+"""What a step costs, from the config alone.
+
+B batch, T time, D width, N query heads, K kv heads, H head size, F hidden, V vocabulary, L layers.
+"""
+
+from gemma.config import Model
+
+PEAK_FLOPS_V5P = 459e12  # bf16, a chip; the MFU of a simulated slice is told against it too
+
+
+def keys_seen(sequence: int, window: int | None) -> int:
+    """Sum over queries of the keys each may see: T(T+1)/2 where there is no window, else the band below it."""
+    w = sequence if window is None else min(window, sequence)
+    return w * (w + 1) // 2 + (sequence - w) * w
+
+
+def step_flops(model: Model, batch: int, sequence: int) -> int:
+    """Model FLOPs of one training step: 2 per multiply-add, backward twice the forward, nothing for rematerialisation.
+
+    Attention counts only the (query, key) pairs that the causal mask and the window leave; masked-out work is not
+    useful work. The embedding counts once, as the output projection. PaLM (arXiv:2204.02311, appendix B), but for
+    the mask.
+    """
+    D, N, K, H, F = model.width, model.heads, model.kv_heads, model.head_size, model.hidden
+    per_token = model.layers * (D * (2 * N + 2 * K) * H + 3 * D * F) + D * model.vocab
+    pairs = model.layers // 2 * (keys_seen(sequence, model.window) + keys_seen(sequence, None))
+    forward = 2 * (sequence * per_token + 2 * pairs * N * H)
+    return 3 * batch * forward

@@ -1,0 +1,149 @@
+"""Gemma 2 (arXiv:2408.00118) in Flax NNX.
+
+B batch, T time, D width, N query heads, K kv heads, H head size, F hidden, V vocabulary, P layer pairs.
+
+Layers alternate local and global attention, so they are stored and scanned as P pairs: every weight of a block
+has a leading P. Each parameter is declared once, with its logical axes; `gemma.sharding.RULES` places them.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma.attention import attend, rope, soft_cap
+from gemma.config import Model
+from gemma.sharding import gather
+
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def weight(rngs: nnx.Rngs, fan_in: int, **dims: int) -> nnx.Param:
+    """A float32 matrix drawn from N(0, 1/fan_in); dims maps its logical axes to sizes, in order."""
+    value = jax.random.normal(rngs.params(), tuple(dims.values()), jnp.float32) * fan_in**-0.5
+    return nnx.Param(value, axes=tuple(dims))
+
+
+def scale(**dims: int) -> nnx.Param:
+    """A norm's scale; the norm multiplies by (1 + scale), so it starts at 0."""
+    return nnx.Param(jnp.zeros(tuple(dims.values()), jnp.float32), axes=tuple(dims))
+
+
+def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * (1 + scale) over the last axis, computed in float32, returned in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * (1.0 + scale_D.astype(jnp.float32))).astype(x.dtype)
+
+
+def gathered(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    """A weight in the compute dtype, whole along `fsdp`."""
+    return gather(param[...].astype(dtype), param.axes[-param.ndim :])  # inside the scan the leading `pairs` is gone
+
+
+class Block(nnx.Module):
+    """One transformer block, for all P pairs at once; `__call__` expects the weights of a single pair.
+
+    Keys and values, gate and up, and the four norms each share an array, as in the released checkpoints for the
+    first two: on a mesh every array costs a collective a step.
+    """
+
+    def __init__(self, config: Model, *, local: bool, rngs: nnx.Rngs):
+        c, P = config, config.layers // 2
+        self.config, self.window = config, config.window if local else None
+        D, N, K, H, F = c.width, c.heads, c.kv_heads, c.head_size, c.hidden
+        self.norms_P4D = scale(pairs=P, which=4, norm=D)  # before and after attention, before and after the MLP
+        self.q_PDNH = weight(rngs, D, pairs=P, width=D, heads=N, head=H)
+        self.kv_P2DKH = weight(rngs, D, pairs=P, which=2, width=D, kv_heads=K, head=H)
+        self.o_PNHD = weight(rngs, N * H, pairs=P, heads=N, head=H, width=D)
+        self.gating_P2DF = weight(rngs, D, pairs=P, which=2, width=D, hidden=F)
+        self.down_PFD = weight(rngs, F, pairs=P, hidden=F, width=D)
+
+    def __call__(self, x_BTD: jax.Array, segment_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
+        norm = partial(rms_norm, eps=self.config.norm_eps)
+        pre_attention, post_attention, pre_mlp, post_mlp = self.norms_P4D[...]
+        y_BTD = self.attention(norm(x_BTD, pre_attention), segment_BT, position_BT)
+        x_BTD = x_BTD + norm(y_BTD, post_attention)
+        y_BTD = self.mlp(norm(x_BTD, pre_mlp))
+        return x_BTD + norm(y_BTD, post_mlp)
+
+    def attention(self, x_BTD: jax.Array, segment_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
+        c, dtype = self.config, x_BTD.dtype
+        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, gathered(self.q_PDNH, dtype))
+        k_BTKH, v_BTKH = jnp.einsum("BTD,cDKH->cBTKH", x_BTD, gathered(self.kv_P2DKH, dtype))
+        q_BTNH = rope(q_BTNH, position_BT, c.rope_base) * jnp.asarray(c.query_scale, dtype)
+        k_BTKH = rope(k_BTKH, position_BT, c.rope_base)
+        out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window=self.window, cap=c.attention_cap)
+        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, gathered(self.o_PNHD, dtype))
+
+    def mlp(self, x_BTD: jax.Array) -> jax.Array:
+        """GeGLU with the tanh GELU."""
+        dtype = x_BTD.dtype
+        gate_BTF, up_BTF = jnp.einsum("BTD,cDF->cBTF", x_BTD, gathered(self.gating_P2DF, dtype))
+        h_BTF = jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
+        return jnp.einsum("BTF,FD->BTD", h_BTF, gathered(self.down_PFD, dtype))
+
+
+class Pair(nnx.Module):
+    """A local block, then a global one."""
+
+    def __init__(self, config: Model, *, rngs: nnx.Rngs):
+        self.local_block = Block(config, local=True, rngs=rngs)
+        self.global_block = Block(config, local=False, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array, segment_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
+        x_BTD = self.local_block(x_BTD, segment_BT, position_BT)
+        return self.global_block(x_BTD, segment_BT, position_BT)
+
+
+class Gemma(nnx.Module):
+    """The whole model. `model(tokens_BT)` gives float32 logits_BTV; training takes `hidden` and the chunked loss."""
+
+    def __init__(self, config: Model, *, rngs: nnx.Rngs, dtype: str = "float32", remat: str = "none"):
+        self.config, self.dtype, self.remat = config, dtype, remat
+        self.embedding_VD = weight(rngs, config.width, vocab=config.vocab, width=config.width)
+        self.pairs = Pair(config, rngs=rngs)
+        self.final_norm = scale(norm=config.width)
+
+    def __call__(self, tokens_BT: jax.Array, segment_BT: jax.Array | None = None) -> jax.Array:
+        if segment_BT is None:
+            segment_BT = jnp.zeros_like(tokens_BT)
+        x_BTD, embedding_VD = self.hidden(tokens_BT, segment_BT)
+        return logits(x_BTD, embedding_VD, self.config.final_cap)
+
+    def hidden(self, tokens_BT: jax.Array, segment_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x_BTD after the final norm, and the tied embedding_VD that makes logits of it, in the compute dtype."""
+        dtype = jnp.dtype(self.dtype)
+        embedding_VD = gathered(self.embedding_VD, dtype)
+        # Rounded to the compute dtype as in the released code: sqrt(D) in bfloat16 is not sqrt(D).
+        x_BTD = embedding_VD[tokens_BT] * jnp.asarray(self.config.width**0.5, dtype)
+        position_BT = positions(segment_BT)
+        graph, weights = nnx.split(self.pairs)
+
+        def body(x_BTD: jax.Array, pair: nnx.State) -> tuple[jax.Array, None]:
+            return nnx.merge(graph, pair)(x_BTD, segment_BT, position_BT), None
+
+        if self.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
+        x_BTD, _ = jax.lax.scan(body, x_BTD, weights)
+        return rms_norm(x_BTD, self.final_norm[...], self.config.norm_eps), embedding_VD
+
+
+def logits(x_BTD: jax.Array, embedding_VD: jax.Array, cap: float) -> jax.Array:
+    """Capped float32 logits_BTV from the tied embedding."""
+    logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, embedding_VD, preferred_element_type=jnp.float32)
+    return soft_cap(logits_BTV, cap)
+
+
+def positions(segment_BT: jax.Array) -> jax.Array:
+    """Time since the start of each token's document; segments are contiguous."""
+    time_T = jnp.arange(segment_BT.shape[1])
+    starts_BT = jnp.concatenate(
+        [jnp.ones_like(segment_BT[:, :1], bool), segment_BT[:, 1:] != segment_BT[:, :-1]], axis=1
+    )
+    return time_T - jax.lax.cummax(jnp.where(starts_BT, time_T, 0), axis=1)

@@ -1,0 +1,60 @@
+"""python -m launch.resume run=ID|latest [key=value ...]: goes on with a run."""
+
+import time
+from dataclasses import asdict, replace
+
+from gemma.config import ConfigError
+from launch.command import apply, arguments, main
+from orchestrator import change, preflight, rundir
+from orchestrator import config as configs
+
+USAGE = """Go on with a run from its newest checkpoint.
+
+  python -m launch.resume run=latest
+  python -m launch.resume run=ID train.steps=800          extend it
+  python -m launch.resume run=ID mesh.fsdp=4 mesh.tensor=2   onto another mesh
+
+  run       the run's id, or latest (required)
+  run.root  where runs lie (default: runs)
+
+Overrides are classified and printed: safe (more steps, logging), resharding (mesh, cluster), changing the data order
+(data, train.seed, train.batch: refused unless resume.allow_data_change=true), forbidden (model)."""
+
+
+def work() -> int:
+    own, overrides = arguments({"run": "", "run.root": "runs"}, USAGE)
+    if not own["run"]:
+        raise ConfigError("run: missing; give run=ID or run=latest")
+    folder = rundir.find(own["run.root"], own["run"])
+    manifest = rundir.read_manifest(folder)
+    old = manifest.config | {"run": manifest.config["run"] | {"root": own["run.root"]}}
+    old |= {"resume": {"allow_data_change": False}}
+    new = apply(old, overrides)
+    config = configs.from_container(new)
+    found = change.changes(configs.flatten(old), configs.flatten(new))
+    change.refuse(found, config.resume.allow_data_change)
+    committed = rundir.committed(folder)
+    done = committed[-1] if committed else 0
+    if config.train.steps <= done:
+        raise ConfigError(
+            f"train.steps={config.train.steps}: run {folder.name} has done {done} already;"
+            f" allowed: more than {done}, as in train.steps={2 * done}"
+        )
+    preflight.check(config)
+    rundir.lock(folder).close()  # refused here, before anything is written, where another process drives the run
+    for item in found:
+        print(f"resume: {item}")
+    print(f"resume: run {folder.name} from step {done} to {config.train.steps}", flush=True)
+    attempt = rundir.Attempt("resume", overrides, time.time())
+    mesh = asdict(config.program.mesh)
+    rundir.write_manifest(
+        folder, replace(manifest, config=asdict(config), attempts=[*manifest.attempts, attempt], mesh=mesh)
+    )
+
+    from orchestrator.run import run  # Ray: not before the input is known to be good
+
+    return run(config, folder)
+
+
+if __name__ == "__main__":
+    main("resume", work)

@@ -1,0 +1,81 @@
+"""python -m launch.status [run=ID|latest]: the runs, or one of them."""
+
+import json
+import time
+from pathlib import Path
+
+from gemma.config import ConfigError
+from launch.command import arguments, main
+from orchestrator import rundir
+
+USAGE = """List runs: state, step, loss, goodput.
+
+  python -m launch.status
+  python -m launch.status run=latest      one run: where its time went and its last events
+
+  run       a run's id, or latest
+  run.root  where runs lie (default: runs)"""
+
+EVENTS_SHOWN = 12
+
+
+def state(folder: Path) -> str:
+    """running, finished, stopped, gave up; or died, where a controller ended without a word."""
+    if rundir.is_locked(folder):
+        return "running"
+    ends = {"finish": "finished", "stop": "stopped", "give_up": "gave up"}
+    last = (rundir.events(folder) or [{"event": ""}])[-1]
+    if last.get("decision") == "GiveUp":
+        return "gave up"
+    return ends.get(last["event"], "died")
+
+
+def line(folder: Path) -> list[str]:
+    manifest = rundir.read_manifest(folder)
+    rows = rundir.metrics(folder)
+    step = max(rows, default=0)
+    loss = f"{rows[step]['loss']:.4f}" if rows else "-"
+    goodput = folder / "goodput.json"
+    share = f"{json.loads(goodput.read_text())['goodput']:.1%}" if goodput.exists() else "-"
+    age = time.strftime("%Y-%m-%d %H:%M", time.localtime(manifest.created))
+    return [folder.name, state(folder), f"{step}/{manifest.config['train']['steps']}", loss, share, age]
+
+
+def table(rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def detail(folder: Path) -> str:
+    lines = []
+    goodput = folder / "goodput.json"
+    if goodput.exists():
+        found = json.loads(goodput.read_text())
+        buckets = sorted(found["buckets"].items(), key=lambda item: -item[1])
+        lines += [f"wall {found['wall_s']:.1f} s, restarts {found['restarts']}"]
+        lines += [f"  {name:8} {seconds:9.1f} s" for name, seconds in buckets if seconds >= 0.05]
+    lines += [f"checkpoints at steps {rundir.committed(folder)} in {folder / 'checkpoints'}", "last events:"]
+    for event in rundir.events(folder)[-EVENTS_SHOWN:]:
+        clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+        shown = {k: v for k, v in event.items() if k not in ("time", "event", "attempt", "step", "hosts", "seconds")}
+        facts = " ".join(f"{key}={value}" for key, value in shown.items())
+        lines += [f"  {clock} attempt {event['attempt']} step {event['step']:>6} {event['event']:10} {facts}"]
+    return "\n".join(lines)
+
+
+def work() -> int:
+    own, rest = arguments({"run": "", "run.root": "runs"}, USAGE)
+    if rest:
+        raise ConfigError(f"{rest[0].partition('=')[0]}: unknown key; allowed: run, run.root")
+    folders = [rundir.find(own["run.root"], own["run"])] if own["run"] else rundir.runs(own["run.root"])
+    if not folders:
+        print(f"no runs in {own['run.root']}; start one with python -m launch.train")
+        return 0
+    print(table([["run", "state", "step", "loss", "goodput", "started"], *map(line, folders)]))
+    if own["run"]:
+        print(detail(folders[0]))
+    return 0
+
+
+if __name__ == "__main__":
+    main("status", work)

@@ -1,0 +1,209 @@
+"""The whole configuration: crossed once, strictly, from Hydra's plain container into frozen dataclasses."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Literal, get_type_hints
+
+import dacite
+
+from gemma.config import (
+    Checkpoint,
+    ConfigError,
+    Data,
+    Eval,
+    Mesh,
+    Model,
+    Optim,
+    Profile,
+    Program,
+    Train,
+    check,
+    fill,
+    require,
+    require_at_least,
+)
+from orchestrator.topology import Slice, slice_type
+
+
+@dataclass(frozen=True)
+class Run:
+    id: str | None  # given or made; also wandb's id
+    root: str
+    cache: str  # of tokens and compiled programs, on every host
+
+    def __post_init__(self) -> None:
+        ok = self.id is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.id)
+        require(bool(ok), f"run.id={self.id}: letters, digits, '-' and '_', at most 64, none of the last two in front")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    kind: Literal["local", "ray"]
+    slice: str
+    num_slices: int
+    address: str | None  # of a Ray cluster that exists already
+
+    def __post_init__(self) -> None:
+        slice_type(self.slice)
+        require_at_least("cluster", {"num_slices": self.num_slices}, 1)
+        if self.kind == "ray":
+            require(self.address is not None, "cluster.address: missing; cluster=ray needs cluster.address=HOST:PORT")
+
+
+@dataclass(frozen=True)
+class Wandb:
+    mode: Literal["auto", "online", "offline", "disabled"]  # auto: online where there is a key
+    project: str
+    entity: str | None
+
+
+@dataclass(frozen=True)
+class Retry:
+    budget: int  # failures since the last newly committed step, before the run gives up
+
+    def __post_init__(self) -> None:
+        require_at_least("retry", {"budget": self.budget}, 0)
+
+
+@dataclass(frozen=True)
+class Timeout:
+    """Deadlines in seconds; every wait has one."""
+
+    reserve_s: float  # slices are placed
+    start_s: float  # host processes are up and have found each other
+    compile_s: float  # data and programs are ready
+    restore_s: float
+    step_s: float  # a step in flight
+    save_s: float
+    stop_s: float  # processes are gone
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            require(value > 0, f"timeout.{field.name}={value}: must be above 0")
+
+
+@dataclass(frozen=True)
+class Resume:
+    allow_data_change: bool
+
+
+@dataclass(frozen=True)
+class Config:
+    run: Run
+    model: Model
+    data: Data
+    mesh: Mesh
+    optim: Optim
+    train: Train
+    eval: Eval
+    checkpoint: Checkpoint
+    profile: Profile
+    cluster: Cluster
+    wandb: Wandb
+    retry: Retry
+    timeout: Timeout
+    resume: Resume
+
+    @property
+    def slice(self) -> Slice:
+        return slice_type(self.cluster.slice)
+
+    @property
+    def hosts(self) -> int:
+        return self.slice.hosts * self.cluster.num_slices
+
+    @property
+    def chips(self) -> int:
+        return self.slice.chips * self.cluster.num_slices
+
+    @property
+    def program(self) -> Program:
+        """What the hosts are given, its mesh filled."""
+        return Program(
+            self.model,
+            self.data,
+            fill(self.mesh, self.chips),
+            self.optim,
+            self.train,
+            self.eval,
+            self.checkpoint,
+            self.profile,
+        )
+
+
+def from_container(container: Mapping[str, Any]) -> Config:
+    """The border. Raises ConfigError naming the key, what came and what is allowed."""
+    hints = dict(typed_keys(Config))
+    for key, value in flatten(container).items():
+        if key not in hints:
+            raise ConfigError(unknown_key(key))
+        as_list = getattr(hints[key], "__origin__", None) is tuple
+        # What dacite lets pass: true is an int to Python, and text is a sequence.
+        if isinstance(value, bool) and hints[key] is not bool or as_list and not isinstance(value, list):
+            raise ConfigError(f"{key}={value}: must be {describe(hints[key])}")
+    try:
+        config = dacite.from_dict(Config, container, dacite.Config(strict=True, cast=[tuple]))
+    except dacite.MissingValueError as error:
+        raise ConfigError(f"{error.field_path}: missing") from error
+    except dacite.WrongTypeError as error:
+        allowed = describe(error.field_type)
+        raise ConfigError(f"{error.field_path}={error.value}: must be {allowed}") from error
+    program = config.program
+    check(program)
+    slices, replica = config.cluster.num_slices, program.mesh.replica
+    require(
+        replica % slices == 0,
+        f"mesh.replica={replica}: must be a multiple of cluster.num_slices={slices} (fsdp and tensor stay in a slice)",
+    )
+    return config
+
+
+def describe(kind: Any) -> str:
+    """A type as a user would say it."""
+    if hasattr(kind, "__args__"):
+        parts = kind.__args__
+        names = [repr(p) if isinstance(p, str) else describe(p) for p in parts if p is not ...]
+        if getattr(kind, "__origin__", None) is tuple:
+            return "a list of whole numbers"
+        return "one of " + ", ".join(names) if isinstance(parts[0], str) else " or ".join(names)
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}[kind]
+
+
+def typed_keys(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key of a config dataclass, with its type."""
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            yield from typed_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            yield prefix + name, hint
+
+
+def flatten(container: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'train': {'steps': 3}} as {'train.steps': 3}."""
+    flat: dict[str, Any] = {}
+    for name, value in container.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def unknown_key(key: str) -> str:
+    """One line about a key that does not exist: the nearest ones, else the section's keys."""
+    known = [k for k, _ in typed_keys(Config)]
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.7)
+    if near:
+        return f"{key}: unknown key; did you mean {' or '.join(near)}?"
+    section = [k for k in known if k.split(".")[0] == key.split(".")[0]]
+    if section:
+        return f"{key}: unknown key; allowed: {', '.join(section)}"
+    sections = dict.fromkeys(k.split(".")[0] for k in known)
+    return f"{key}: unknown key; sections are {', '.join(sections)}"
+
+
+def with_id(config: Config, run_id: str, root: str) -> Config:
+    return replace(config, run=replace(config.run, id=run_id, root=root))

@@ -1,0 +1,51 @@
+"""Where the time went: every second of the controller's life lies in one bucket."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+BUCKETS = ("step", "replay", "reserve", "start", "data", "compile", "restore", "eval", "save", "down", "other")
+
+
+@dataclass
+class Ledger:
+    """`switch` says what is being done from now on; `move` refines it once the hosts have told more."""
+
+    clock: Callable[[], float] = time.monotonic
+    current: str = "other"
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BUCKETS, 0.0))
+    restarts: int = 0
+    since: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.since = self.clock()
+
+    def switch(self, bucket: str) -> float:
+        """Returns the seconds spent in the bucket that ends."""
+        now = self.clock()
+        spent = now - self.since
+        self.seconds[self.current] += spent
+        self.current, self.since = bucket, now
+        return spent
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        self.switch(self.current)
+        seconds = max(0.0, min(seconds, self.seconds[source]))
+        self.seconds[source] -= seconds
+        self.seconds[target] += seconds
+
+    def snapshot(self) -> dict[str, object]:
+        """What goodput.json holds. Goodput is the share of wall time spent in steps never done before."""
+        self.switch(self.current)
+        wall = sum(self.seconds.values())
+        buckets = {name: round(value, 4) for name, value in self.seconds.items()}
+        goodput = self.seconds["step"] / wall if wall else 0.0
+        return {"wall_s": round(wall, 4), "goodput": round(goodput, 4), "restarts": self.restarts, "buckets": buckets}
+
+    def carry(self, earlier: dict[str, object]) -> None:
+        """Adds what earlier controllers of this run have spent."""
+        buckets = earlier.get("buckets", {})
+        assert isinstance(buckets, dict)
+        for name, value in buckets.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + float(value)
+        self.restarts += int(str(earlier.get("restarts", 0)))

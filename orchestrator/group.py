@@ -1,0 +1,151 @@
+"""The hosts of one attempt as one thing: start them, speak a verb to all, hear what happened, end them."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from orchestrator.config import Config
+from orchestrator.outcome import Evidence
+from orchestrator.placement import Placement
+from orchestrator.topology import CHIPS_PER_HOST
+from orchestrator.worker import Hello, Host, Raised
+
+POLL_S = 0.2
+GRACE_S = 3.0  # after a failure, for the death that explains it to be seen
+
+
+@dataclass(frozen=True)
+class Group:
+    workers: tuple[Any, ...]  # Ray actor handles, in rank order
+    placement: Placement
+    pids: tuple[int, ...] = ()
+    coordinator: str = ""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A verb on its way through all hosts."""
+
+    what: str
+    refs: tuple[Any, ...]
+    deadline: float  # time.monotonic()
+    placement: Placement
+
+
+class HostsFailedError(Exception):
+    """Some host died, raised or was overdue."""
+
+    def __init__(self, evidence: Sequence[Evidence]):
+        super().__init__("; ".join(f"rank {e.rank}: {e.overdue or e.exception or 'died'} {e.message}" for e in evidence))
+        self.evidence = tuple(evidence)
+
+
+class StoppedError(Exception):
+    """The user asked to stop while something was being waited for."""
+
+
+def spawn(config: Config, placement: Placement, folder: Path, attempt: int, predecessors: Sequence[int]) -> Group:
+    """Asks for a process on every host; returns at once."""
+    workers = []
+    for rank in range(len(placement.spots)):
+        actor = ray.remote(Host).options(
+            num_cpus=1,
+            resources={"TPU": CHIPS_PER_HOST},
+            max_restarts=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(placement.group, rank),
+        )
+        log = folder / "logs" / f"attempt-{attempt}-host-{rank}.log"
+        gone = [predecessors[rank]] if predecessors else []
+        workers.append(actor.remote(str(log), {}, gone, config.timeout.stop_s))
+    return Group(tuple(workers), placement)
+
+
+def join(group: Group, config: Config, stop: Callable[[], bool]) -> Group:
+    """Waits for the processes and lets them find each other. Raises HostsFailedError, StoppedError."""
+    timeout_s = config.timeout.start_s
+    spots = group.placement.spots
+    refs = [w.hello.remote(spot.ip) for w, spot in zip(group.workers, spots, strict=True)]
+    hellos: list[Hello] = collect(
+        Call("process start", tuple(refs), time.monotonic() + timeout_s, group.placement), stop
+    )
+    group = replace(group, pids=tuple(h.pid for h in hellos), coordinator=hellos[0].coordinator)
+    if len(spots) > 1:
+        refs = [
+            w.join.remote(rank, len(spots), group.coordinator, timeout_s) for rank, w in enumerate(group.workers)
+        ]
+        collect(Call("distributed init", tuple(refs), time.monotonic() + timeout_s, group.placement), stop)
+    return group
+
+
+def open_trainers(group: Group, config: Config, folder: Path) -> Call:
+    deadline = time.monotonic() + config.timeout.compile_s
+    refs = [w.open.remote(config.program, str(folder), config.run.cache) for w in group.workers]
+    return Call("data and compile", tuple(refs), deadline, group.placement)
+
+
+def call(group: Group, timeout_s: float, verb: str, *args: Any) -> Call:
+    """Sends a verb to all hosts; they take it up in order. The deadline counts from now."""
+    refs = tuple(worker.call.remote(verb, *args) for worker in group.workers)
+    return Call(verb, refs, time.monotonic() + timeout_s, group.placement)
+
+
+def collect(sent: Call, stop: Callable[[], bool] = lambda: False) -> list[Any]:
+    """Every host's answer, in rank order. Raises HostsFailedError, and StoppedError once `stop` says so."""
+    waiting = list(sent.refs)
+    while waiting:
+        ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
+        if any(not isinstance(answer(ref), Answer) for ref in ready):
+            raise HostsFailedError(gather_evidence(sent))
+        if waiting and stop():
+            raise StoppedError(sent.what)
+        if waiting and time.monotonic() > sent.deadline:
+            overdue = [Evidence(rank, overdue=sent.what) for rank, ref in enumerate(sent.refs) if ref in waiting]
+            raise HostsFailedError(overdue)
+    return [answer(ref).value for ref in sent.refs]
+
+
+@dataclass(frozen=True)
+class Answer:
+    value: Any
+
+
+def answer(ref: Any) -> Any:
+    """An Answer, a Raised, or the error Ray gives for a dead actor."""
+    try:
+        value = ray.get(ref, timeout=10)
+    except RayActorError as error:
+        return error
+    return value if isinstance(value, Raised) else Answer(value)
+
+
+def gather_evidence(sent: Call) -> list[Evidence]:
+    """What each host that failed has to say, once a death had time to show itself behind its peers' exceptions."""
+    deadline = time.monotonic() + GRACE_S
+    while True:
+        ready, waiting = ray.wait(list(sent.refs), num_returns=len(sent.refs), timeout=POLL_S)
+        failed = {rank: answer(ref) for rank, ref in enumerate(sent.refs) if ref in ready}
+        failed = {rank: found for rank, found in failed.items() if not isinstance(found, Answer)}
+        died = any(isinstance(found, RayActorError) for found in failed.values())
+        if died or not waiting or time.monotonic() > deadline:
+            break
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    spots = sent.placement.spots
+    return [describe(rank, found, spots[rank].node_id in alive) for rank, found in failed.items()]
+
+
+def describe(rank: int, found: Raised | RayActorError, node_alive: bool) -> Evidence:
+    if isinstance(found, Raised):
+        return Evidence(rank, exception=found.exception, message=found.message, traceback=found.traceback)
+    return Evidence(rank, died=True, node_alive=node_alive, message=" ".join(str(found).split()))
+
+
+def stop(group: Group) -> None:
+    """Kills every process of the group. The next attempt's processes wait for their predecessors' pids."""
+    for worker in group.workers:
+        ray.kill(worker, no_restart=True)

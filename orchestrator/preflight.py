@@ -1,0 +1,32 @@
+"""What can be refused before anything is started, besides the config itself."""
+
+import os
+from pathlib import Path
+
+from gemma import corpus, tokenizer
+from gemma.config import ConfigError
+from orchestrator.config import Config
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError. Data and tokenizer are looked at where they are this machine's: elsewhere the hosts look."""
+    check_root(config.run.root)
+    if config.cluster.kind == "local":
+        corpus.check(config.data, config.train.batch)
+        coder = tokenizer.load(config.data.tokenizer)
+        if coder.vocab > config.model.vocab:
+            raise ConfigError(
+                f"model.vocab={config.model.vocab}: data.tokenizer={config.data.tokenizer} makes {coder.vocab} ids;"
+                f" give model.vocab={-(-coder.vocab // 128) * 128} or a larger model"
+            )
+
+
+def check_root(root: str) -> None:
+    """The directory of runs exists and can be written, or can be made."""
+    path = Path(root).expanduser().absolute()
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir():
+        raise ConfigError(f"run.root={root}: {path} is a file, not a directory")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigError(f"run.root={root}: {path} cannot be written")

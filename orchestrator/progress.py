@@ -1,0 +1,84 @@
+"""What the user sees while a run goes on, and the summary after it."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINE_EVERY_S = 10.0  # where there is no terminal to draw on
+
+
+class Screen:
+    """A bar on a terminal, a line now and then elsewhere. Standard error: standard output stays for results."""
+
+    def __init__(self, steps: int) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.steps = steps
+        self.last_line = 0.0
+        self.phase_shown = ""
+        self.bar: Progress | None = None
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+                refresh_per_second=4,
+            )
+            self.task = self.bar.add_task("starting", total=steps, numbers="")
+            self.bar.start()
+
+    def phase(self, name: str, step: int = 0) -> None:
+        """What is being waited for: nobody should have to tell a long compile from a hang."""
+        if name == self.phase_shown:
+            return
+        self.phase_shown = name
+        if self.bar:
+            self.bar.update(self.task, description=name, completed=step)
+        else:
+            self.say(name)
+
+    def step(self, row: dict[str, Any]) -> None:
+        numbers = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s"
+        if self.bar:
+            self.bar.update(self.task, completed=row["step"], numbers=numbers)
+            return
+        now = time.monotonic()
+        if now - self.last_line >= LINE_EVERY_S or row["step"] == self.steps:
+            self.last_line = now
+            left = (self.steps - row["step"]) * row["step_s"]
+            self.say(f"step {row['step']}/{self.steps}  {numbers}  {left:.0f} s left")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+        sys.stderr.flush()
+
+
+def summary(folder: Path, how: str, rows: dict[int, dict[str, Any]], goodput: dict[str, Any], resume: str) -> str:
+    """Where everything lies and where the time went."""
+    buckets = {name: s for name, s in goodput["buckets"].items() if s >= 0.05}
+    times = ", ".join(f"{name} {s:.1f} s" for name, s in sorted(buckets.items(), key=lambda item: -item[1]))
+    lines = [f"run {folder.name}: {how}"]
+    if rows:
+        first, last = rows[min(rows)], rows[max(rows)]
+        lines += [
+            f"  step {last['step']}: loss {first['loss']:.4f} -> {last['loss']:.4f},"
+            f" bits per byte {first['bits_per_byte']:.3f} -> {last['bits_per_byte']:.3f}"
+        ]
+    lines += [
+        f"  metrics      {folder / 'metrics.jsonl'}",
+        f"  checkpoints  {folder / 'checkpoints'}",
+        f"  wandb        {folder / 'wandb'}",
+        f"  time         {goodput['wall_s']:.1f} s: {times}",
+        f"  resume       {resume}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,171 @@
+"""The run directory: the truth about a run. Every tool reads it through here.
+
+runs/ID/ manifest.json metrics.jsonl events.jsonl goodput.json checkpoints/ logs/ wandb/ controller.lock
+"""
+
+import fcntl
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from gemma.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One command that worked on the run."""
+
+    command: str  # train or resume
+    overrides: list[str]
+    time: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    id: str
+    created: float
+    config: dict[str, Any]  # resolved; the last attempt's
+    attempts: list[Attempt]
+    git_commit: str | None
+    versions: dict[str, str]
+    mesh: dict[str, int]  # filled
+    wandb_id: str
+    parent: str | None
+
+
+def new_id(model: str) -> str:
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{model.replace('.', '-')}-{secrets.token_hex(2)}"
+
+
+def create(root: str, run_id: str) -> Path:
+    """Makes runs/ID. Raises ConfigError where it exists or cannot be made."""
+    folder = Path(root).expanduser().absolute() / run_id
+    try:
+        folder.mkdir(parents=True)
+        (folder / "logs").mkdir()
+    except FileExistsError as error:
+        if folder.is_dir():
+            raise ConfigError(f"run.id={run_id}: exists in {root}; go on with launch.resume run={run_id}") from error
+        raise ConfigError(f"run.root={root}: cannot make {folder} (a file is in the way)") from error
+    except OSError as error:
+        raise ConfigError(f"run.root={root}: cannot make {folder} ({error.strerror})") from error
+    return folder
+
+
+def find(root: str, run: str) -> Path:
+    """The directory of run=ID or run=latest. Raises ConfigError naming what there is."""
+    known = runs(root)
+    if not known:
+        raise ConfigError(f"run={run}: no runs in run.root={root}")
+    if run == "latest":
+        return known[-1]
+    for folder in known:
+        if folder.name == run:
+            return folder
+    shown = ", ".join(folder.name for folder in known[-5:])
+    raise ConfigError(f"run={run}: no such run in run.root={root}; the newest are {shown} (or latest)")
+
+
+def runs(root: str) -> list[Path]:
+    """Every run below root, oldest first by the time in its manifest."""
+    found = [p.parent for p in Path(root).expanduser().absolute().glob("*/manifest.json")]
+    return sorted(found, key=lambda folder: read_manifest(folder).created)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all: written beside, then renamed."""
+    partial = path.with_suffix(f".partial-{os.getpid()}")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.rename(path)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_json(folder / "manifest.json", asdict(manifest))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises ConfigError naming the file where it is not a manifest."""
+    path = folder / "manifest.json"
+    try:
+        found = json.loads(path.read_text())
+        return Manifest(**(found | {"attempts": [Attempt(**a) for a in found["attempts"]]}))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"run={folder.name}: {path} is not a manifest ({error})") from error
+
+
+class Appender:
+    """A jsonl file that grows by whole lines, each handed to the system at once."""
+
+    def __init__(self, path: Path):
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
+        if self.file.tell() and not ends_line(path):
+            self.file.write("\n")  # what a killed writer left unfinished
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+
+
+def ends_line(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a jsonl file; a torn line is passed over."""
+    if not path.exists():
+        return
+    with open(path) as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+def metrics(folder: Path) -> dict[int, dict[str, Any]]:
+    """The last row of each step, by step: a step done again counts as it came out last."""
+    return {row["step"]: row for row in read_lines(folder / "metrics.jsonl")}
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    return list(read_lines(folder / "events.jsonl"))
+
+
+def committed(folder: Path) -> list[int]:
+    """Steps with a whole checkpoint, oldest first. Orbax renames a checkpoint to its step when it is whole."""
+    path = folder / "checkpoints"
+    return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.is_dir() else []
+
+
+def lock(folder: Path) -> IO[str]:
+    """Held by the run's controller; the kernel frees it when that dies. Raises ConfigError where another holds it."""
+    file = open(folder / "controller.lock", "a+")  # noqa: SIM115 - held until the process ends
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise ConfigError(f"run={folder.name}: is being driven by process {holder}; stop that first") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def is_locked(folder: Path) -> bool:
+    path = folder / "controller.lock"
+    if not path.exists():
+        return False
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

@@ -1,0 +1,18 @@
+"""Who gives the slices: one module a provider. Each has `connect(config)`, a context in which Ray is connected to a
+cluster that holds, or will hold, the slices as labelled nodes; leaving it gives back what the provider made."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from orchestrator.config import Config
+
+
+@contextmanager
+def connect(config: Config) -> Iterator[None]:
+    """Raises ConfigError where the provider cannot be reached."""
+    if config.cluster.kind == "local":
+        from orchestrator.slices import local as provider
+    else:
+        from orchestrator.slices import existing as provider
+    with provider.connect(config):
+        yield

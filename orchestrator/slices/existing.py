@@ -1,0 +1,33 @@
+"""cluster=ray: TPU nodes of a Ray cluster that exists already."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from gemma.config import ConfigError
+from orchestrator.config import Config
+
+CODE = ("gemma", "orchestrator")  # the hosts run the code that was launched, not what lies there
+
+
+@contextmanager
+def connect(config: Config) -> Iterator[None]:
+    """Leaves the cluster as it was: only this run's actors and placement groups end."""
+    top = Path(__file__).parents[2]
+    modules = [str(top / name) for name in CODE]
+    try:
+        ray.init(
+            address=config.cluster.address,
+            runtime_env={"py_modules": modules},
+            log_to_driver=False,
+            logging_level="error",
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise ConfigError(f"cluster.address={config.cluster.address}: no Ray cluster answers there ({why})") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,54 @@
+"""cluster=local: slices simulated on this machine, a Ray node for each host. A first-class peer of the others."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from orchestrator.config import Config
+from orchestrator.slices import simulated
+from orchestrator.topology import CHIPS_PER_HOST
+
+
+def hosts(config: Config) -> list[simulated.Host]:
+    """What the nodes of real slices would say of themselves."""
+    kind = config.slice
+    found = []
+    for index in range(config.cluster.num_slices):
+        name = f"simulated-{index}"
+        for worker in range(kind.hosts):
+            resources = {"TPU": float(CHIPS_PER_HOST), name: 1.0, "accelerator_type:TPU-V5P": 1.0}
+            if worker == 0:
+                resources[f"TPU-{kind.name}-head"] = 1.0
+            labels = {
+                "ray.io/tpu-slice-name": name,
+                "ray.io/tpu-worker-id": str(worker),
+                "ray.io/tpu-pod-type": kind.name,
+                "ray.io/tpu-topology": kind.topology,
+                "ray.io/accelerator-type": "TPU-V5P",
+            }
+            env = {
+                "TPU_NAME": name,
+                "TPU_WORKER_ID": str(worker),
+                "TPU_ACCELERATOR_TYPE": kind.name,
+                "TPU_TOPOLOGY": kind.topology,
+                # The checkout may not be installed; the hosts run what was launched.
+                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split()]),
+            }
+            found.append(simulated.Host(cpus=1, resources=resources, labels=labels, env=env))
+    return found
+
+
+@contextmanager
+def connect(config: Config) -> Iterator[None]:
+    """Starts the nodes and ends them, with everything that runs on them."""
+    cluster = simulated.start(hosts(config), Path(tempfile.mkdtemp(prefix="gemma-", dir="/tmp")))
+    try:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="error", _node_ip_address="127.0.0.2")
+        yield
+    finally:
+        ray.shutdown()
+        simulated.stop(cluster)

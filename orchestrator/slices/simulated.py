@@ -1,0 +1,276 @@
+"""Start a simulated multi-node Ray cluster on this machine, fast (Linux only).
+
+The GCS and the raylets are started directly, not through `ray._private.node`, which starts every
+node in turn and makes each wait for two Python agents that a local cluster has no use for.
+Written against Ray 2.60: the command lines are those of `ray._private.services`.
+"""
+
+import base64
+import importlib.util
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orchestrator.slices import reaper as reaper_script
+from orchestrator.slices.reaper import STOP_TIMEOUT_S
+
+HEAD = -1
+OBJECT_STORE_BYTES = 80 << 20
+MEMORY_BYTES = 4 << 30
+START_TIMEOUT_S = 30.0
+TEMP_DIR_LIMIT = 96  # a Unix socket's path has 107 bytes at most, 11 of them below temp_dir
+UNUSED_PORT = 1024  # the lowest that Ray takes: nothing listens there
+# Metrics would need the agents. A killed host is to be noticed within seconds: its refused
+# connection fails a health check at once, while a slow host still gets each check's full timeout.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "500",
+    "RAY_raylet_client_connect_timeout_milliseconds": "20",
+    "RAY_raylet_client_num_connect_attempts": "500",
+}
+
+
+@dataclass(frozen=True)
+class Host:
+    """What one simulated host offers, and the variables its processes see."""
+
+    cpus: int = 1
+    resources: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A raylet, or the GCS: the leader of a session that all processes of the node belong to."""
+
+    node_id: str
+    process: subprocess.Popen[bytes]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running cluster. `nodes` holds the head and, by index, the hosts that live."""
+
+    address: str
+    cluster_id: str
+    temp_dir: Path
+    reaper: subprocess.Popen[bytes]
+    gcs: Node
+    nodes: dict[int, Node]
+
+
+def start(hosts: Sequence[Host], temp_dir: Path) -> Cluster:
+    """Start a head without CPUs and one node per host, and return once all have registered.
+
+    `temp_dir` must be absolute, short, and missing or empty; it is removed with the cluster, which
+    ends at `stop` or with this process. Call `ray.shutdown` before `stop`.
+    """
+    if not temp_dir.is_absolute() or len(os.fsencode(temp_dir)) > TEMP_DIR_LIMIT:
+        raise ValueError(f"not an absolute path of up to {TEMP_DIR_LIMIT} bytes: {temp_dir}")
+    for name in ("session/logs", "session/runtime_resources"):
+        (temp_dir / name).mkdir(parents=True)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    command = [sys.executable, "-I", "-S", reaper_script.__file__, str(os.getpid()), str(temp_dir)]
+    reaper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        gcs = _start_gcs(temp_dir, reaper)
+        # This import takes a third of a second, in which the GCS starts.
+        from ray._common.usage.usage_lib import put_cluster_metadata
+
+        port = temp_dir / "session" / f"gcs_server_port_{gcs.node_id}"
+        ready = lambda: port.exists() and port.read_text().strip() != ""
+        _wait(ready, [gcs], deadline, f"the GCS to write {port}", temp_dir)
+        address = f"{_ip(HEAD)}:{int(port.read_text())}"
+        client = _gcs_client(address)
+        put_cluster_metadata(client, ray_init_cluster=False)
+        client.internal_kv_put(b"session_name", b"session", True, b"session")
+        cluster = Cluster(address, client.cluster_id.hex(), temp_dir, reaper, gcs, {})
+        for index, host in enumerate([Host(0, {"node:__internal_head__": 1}), *hosts], HEAD):
+            cluster.nodes[index] = _start_raylet(cluster, index, host)
+        _wait_for_nodes(cluster, deadline)
+    except BaseException:
+        _end(temp_dir, reaper)
+        raise
+    return cluster
+
+
+def add_host(cluster: Cluster, host: Host) -> int:
+    """Start one more host, wait until it has registered, and return its index."""
+    index = max(cluster.nodes) + 1
+    cluster.nodes[index] = _start_raylet(cluster, index, host)
+    _wait_for_nodes(cluster, time.monotonic() + START_TIMEOUT_S)
+    return index
+
+
+def remove_host(cluster: Cluster, index: int) -> None:
+    """Kill all processes of a host at once, as a power cut would."""
+    process = cluster.nodes.pop(index).process
+    reaper_script.kill_sessions({process.pid})
+    _tell(cluster.reaper, -process.pid)
+    process.wait(STOP_TIMEOUT_S)
+
+
+def stop(cluster: Cluster) -> None:
+    """Kill all processes of the cluster and remove its directory."""
+    _end(cluster.temp_dir, cluster.reaper)
+    for node in (cluster.gcs, *cluster.nodes.values()):
+        node.process.wait(STOP_TIMEOUT_S)
+
+
+def _end(temp_dir: Path, reaper: subprocess.Popen[bytes]) -> None:
+    try:
+        reaper.communicate(timeout=2 * STOP_TIMEOUT_S)  # closes its standard input
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"waited in vain for the processes of {temp_dir} to end") from None
+    if reaper.returncode != 0:
+        raise RuntimeError(f"could not end the cluster in {temp_dir}: {reaper.returncode}")
+
+
+def _ip(index: int) -> str:
+    """A loopback address per node, but not 127.0.0.1, which Ray replaces by the outward one."""
+    return f"127.0.0.{index + 3}"
+
+
+def _tell(reaper: subprocess.Popen[bytes], session: int) -> None:
+    assert reaper.stdin is not None
+    reaper.stdin.write(f"{session}\n".encode())
+    reaper.stdin.flush()
+
+
+def _spawn(
+    reaper: subprocess.Popen[bytes], log: Path, env: Mapping[str, str], command: list[str]
+) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own: out of reach of Ctrl-C, but not of the reaper."""
+    env = {**os.environ, **ENVIRONMENT, **env}
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    _tell(reaper, process.pid)
+    return process
+
+
+def _flags(flags: Mapping[str, object]) -> list[str]:
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+def _ray_file(name: str) -> str:
+    spec = importlib.util.find_spec("ray")  # does not import it
+    assert spec is not None and spec.origin is not None
+    return str(Path(spec.origin).parent / name)
+
+
+def _start_gcs(temp_dir: Path, reaper: subprocess.Popen[bytes]) -> Node:
+    node_id, session = secrets.token_hex(28), temp_dir / "session"
+    spilling = {"type": "filesystem", "params": {"directory_path": str(session)}}
+    config = {"is_external_storage_type_fs": True, "object_spilling_config": json.dumps(spilling)}
+    flags = {
+        "config_list": base64.b64encode(json.dumps(config).encode()).decode(),
+        "log_dir": session / "logs",
+        "node_id": node_id,
+        "node_ip_address": _ip(HEAD),
+        "session_dir": session,
+        "session_name": "session",
+    }
+    command = [_ray_file("core/src/ray/gcs/gcs_server"), *_flags(flags)]
+    return Node(node_id, _spawn(reaper, session / "logs/gcs.log", {}, command))
+
+
+def _start_raylet(cluster: Cluster, index: int, host: Host) -> Node:
+    node_id = cluster.gcs.node_id if index == HEAD else secrets.token_hex(28)
+    session, ip = cluster.temp_dir / "session", _ip(index)
+    resources = {"CPU": host.cpus, f"node:{ip}": 1, **host.resources}
+    resources |= {"memory": MEMORY_BYTES, "object_store_memory": OBJECT_STORE_BYTES}
+    shared = {
+        "node-ip-address": ip,
+        "gcs-address": cluster.address,
+        "cluster-id": cluster.cluster_id,
+        "session-name": "session",
+        "temp-dir": cluster.temp_dir,
+        "metrics-agent-port": -1,
+        "runtime-env-agent-port": UNUSED_PORT,
+    }
+    worker = shared | {
+        "node-manager-port": "RAY_NODE_MANAGER_PORT_PLACEHOLDER",
+        "object-store-name": cluster.temp_dir / f"s-{node_id[:8]}",
+        "raylet-name": cluster.temp_dir / f"r-{node_id[:8]}",
+        "redis-address": None,
+        "webui": None,
+    }
+    worker_command = [
+        sys.executable,
+        _ray_file("_private/workers/setup_worker.py"),
+        _ray_file("_private/workers/default_worker.py"),
+        *_flags(worker),
+        "RAY_WORKER_DYNAMIC_OPTION_PLACEHOLDER",
+    ]
+    # The raylet insists on agents and ends with them, but waits for them only if a port is 0.
+    idle_agent = 'sh -c "exec sleep infinity"'
+    flags = shared | {
+        "head": str(index == HEAD).lower(),
+        "node_id": node_id,
+        "raylet_socket_name": worker["raylet-name"],
+        "store_socket_name": worker["object-store-name"],
+        "object_manager_port": 0,
+        "node_manager_port": 0,
+        "dashboard_agent_listen_port": UNUSED_PORT,
+        "dashboard_agent_command": idle_agent,
+        "runtime_env_agent_command": idle_agent,
+        "python_worker_command": subprocess.list2cmdline(worker_command),
+        "num_prestart_python_workers": host.cpus,
+        "maximum_startup_concurrency": max(1, host.cpus),
+        "static_resource_list": ",".join(f"{k},{v}" for k, v in resources.items() if v),
+        "labels": json.dumps(dict(host.labels)),
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "session_dir": session,
+        "log_dir": session / "logs",
+        "resource_dir": session / "runtime_resources",
+        "fallback_directory": session,
+    }
+    log = session / f"logs/raylet-{node_id[:8]}.log"
+    command = [_ray_file("core/src/ray/raylet/raylet"), *_flags(flags)]
+    return Node(node_id, _spawn(cluster.reaper, log, host.env, command))
+
+
+def _wait(
+    ready: Callable[[], bool], nodes: Sequence[Node], deadline: float, what: str, temp_dir: Path
+) -> None:
+    """Wait until `ready`; fail if the deadline passes first, or one of the nodes ends."""
+    while not ready():
+        ended = any(node.process.poll() is not None for node in nodes)
+        if ended or time.monotonic() > deadline:
+            # The logs are about to be removed.
+            logs = (temp_dir / "session/logs").glob("*.log")
+            tails = "".join(f"\n{log.name}: {log.read_text()[-1000:]}" for log in logs)
+            why = "a Ray process ended" if ended else "time ran out"
+            raise RuntimeError(f"{why} while waiting for {what}{tails}")
+        time.sleep(0.005)
+
+
+def _wait_for_nodes(cluster: Cluster, deadline: float) -> None:
+    client, nodes = _gcs_client(cluster.address), cluster.nodes.values()
+    wanted = {node.node_id for node in nodes}
+    ready = lambda: wanted <= {i.hex() for i in client.get_all_node_info(timeout=5)}
+    what = f"{len(wanted)} nodes to register with the GCS"
+    _wait(ready, [cluster.gcs, *nodes], deadline, what, cluster.temp_dir)
+
+
+def _gcs_client(address: str) -> Any:
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    return GcsClient(address=address)

@@ -1,0 +1,103 @@
+"""wandb: one run, one writer, in a thread of its own. Nothing that happens to wandb stops or slows training.
+
+Steps lie on the axis `step`, not on wandb's own counter, which drops whatever goes backwards. After a restart the
+steps done again are the same to the bit, so what wandb has already is not sent twice.
+"""
+
+import os
+import queue
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from orchestrator import wandb_spool
+from orchestrator.config import Config
+
+FINISH_TIMEOUT_S = 30.0
+QUEUE_ROWS = 100_000  # what a hanging wandb may pile up before rows are dropped
+
+
+def mode(config: Config) -> str:
+    """auto is online where a key is found: in the environment, or in netrc as `wandb login` leaves it."""
+    if config.wandb.mode != "auto":
+        return config.wandb.mode
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    known = netrc.is_file() and "wandb" in netrc.read_text(errors="replace")
+    return "online" if os.environ.get("WANDB_API_KEY") or known else "offline"
+
+
+class WandbLog:
+    """Rows go in without waiting; a thread starts wandb with the first of them and passes them on."""
+
+    def __init__(self, config: Config, folder: Path, warn: Any):
+        self.config, self.folder, self.warn = config, folder, warn
+        self.mode = mode(config)
+        self.rows: queue.Queue[dict[str, Any] | None] = queue.Queue(QUEUE_ROWS)
+        self.thread: threading.Thread | None = None
+        self.broken = self.mode == "disabled"
+
+    def log(self, row: dict[str, Any]) -> None:
+        if self.broken:
+            return
+        if self.thread is None:
+            self.thread = threading.Thread(target=self.work, name="wandb", daemon=True)
+            self.thread.start()
+        try:
+            self.rows.put_nowait(row)
+        except queue.Full:
+            self.give_up("it takes nothing any more")
+
+    def work(self) -> None:
+        try:
+            run, known = self.start()
+            while (row := self.rows.get()) is not None:
+                if "loss" in row and row["step"] in known:
+                    continue
+                if "loss" in row:
+                    known.add(row["step"])
+                run.log(row)
+            run.finish()
+        except BaseException as error:  # wandb raises even SystemExit; training does not care
+            self.give_up(f"{type(error).__name__}: {error}")
+
+    def start(self) -> tuple[Any, set[int]]:
+        known = wandb_spool.steps(self.folder) if self.mode == "offline" else set()
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        config = self.config
+        run = wandb.init(
+            id=config.run.id,
+            name=config.run.id,
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            dir=str(self.folder),
+            mode=self.mode,  # type: ignore[arg-type]
+            resume="allow" if self.mode == "online" else None,
+            config=asdict(config),
+            # The machine that trains is not the controller's: its own load would only mislead.
+            settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, init_timeout=60),
+        )
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        if self.mode == "online" and run.resumed:
+            last = run.summary.get("step")
+            known = set(range(int(last) + 1)) if last is not None else set()
+        return run, known
+
+    def give_up(self, why: str) -> None:
+        if not self.broken:
+            self.broken = True
+            self.warn(f"wandb is off for the rest of this run ({why}); metrics.jsonl has everything")
+
+    def finish(self) -> None:
+        if self.thread is None:
+            return
+        if not self.broken:
+            self.rows.put(None)
+        self.thread.join(FINISH_TIMEOUT_S)
+        if self.thread.is_alive():
+            self.give_up(f"it did not finish within {FINISH_TIMEOUT_S:.0f} s")
