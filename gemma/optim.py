@@ -43,8 +43,8 @@ def optimizer(config: Optim, steps: int) -> optax.GradientTransformation:
     )
 
 
-def global_norm(tree: optax.Params, places: optax.Params) -> jax.Array:
-    """The l2 norm of a sharded tree, as optax.tree.norm, with one all-reduce instead of one a leaf.
+def global_norms(trees: tuple[optax.Params, ...], places: optax.Params) -> jax.Array:
+    """The l2 norm of each of several trees cut alike, as optax.tree.norm, in one all-reduce instead of one a leaf.
 
     places: the NamedSharding of each leaf. Each device sums the squares it holds, of replicated leaves its share.
     """
@@ -55,9 +55,13 @@ def global_norm(tree: optax.Params, places: optax.Params) -> jax.Array:
         axes = [axis for axis in jax.tree.leaves(tuple(place.spec)) if axis is not None]
         return mesh.size // math.prod(mesh.shape[axis] for axis in axes)
 
-    def local(leaves: optax.Params) -> jax.Array:
-        squares = jax.tree.map(lambda x, place: jnp.sum(jnp.square(x)) / copies(place), leaves, places)
-        return jax.lax.psum(sum(jax.tree.leaves(squares)), mesh.axis_names)
+    def squares(tree: optax.Params) -> jax.Array:
+        parts = jax.tree.map(lambda x, place: jnp.sum(jnp.square(x)) / copies(place), tree, places)
+        return sum(jax.tree.leaves(parts), jnp.zeros(()))
 
-    total = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(), check_vma=False)(tree)
-    return jnp.sqrt(total)
+    def local(trees: tuple[optax.Params, ...]) -> jax.Array:
+        return jax.lax.psum(jnp.stack([squares(tree) for tree in trees]), mesh.axis_names)
+
+    in_specs = (tuple(specs for _ in trees),)
+    totals = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(), check_vma=False)(trees)
+    return jnp.sqrt(totals)

@@ -162,11 +162,14 @@ def update(
     state: TrainState,
     tokens_BU: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step: the mean loss over all targets of the global batch, its gradient, clipping, AdamW."""
+    """One step: the mean loss over all targets of the global batch, its gradient, clipping, AdamW.
+
+    The metrics are those of the parameters the step began with.
+    """
     total, count, grads = grads_of(state.params, tokens_BU)
     count = jnp.maximum(count, 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
-    grad_norm = optim.global_norm(grads, places)
+    grad_norm, param_norm = optim.global_norms((grads, state.params), places)
     if program.optim.clip_norm is not None:
         shrink = jnp.minimum(1.0, program.optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
         grads = jax.tree.map(lambda g: g * shrink, grads)
@@ -175,7 +178,7 @@ def update(
     metrics = {
         "loss": total / count,
         "grad_norm": grad_norm,
-        "param_norm": optim.global_norm(params, places),
+        "param_norm": param_norm,
         "learning_rate": optim.schedule(program.optim, program.train.steps)(state.step),
         "targets": count,
     }

@@ -33,8 +33,6 @@ class Trainer:
         self.dataset = data.open_dataset(tokens, program.data, program.train.batch, program.train.seed)
         started = self.lap("data", started)
         self.functions = functions(program, self.mesh)
-        train, sequence = program.train, program.data.sequence
-        self.facts = (program.model, program.mesh, program.optim, train, sequence)
         self.train, self.cached = self.compile("train", (self.functions.state, self.functions.batch))
         self.eval: Any = None  # compiled when first asked for
         self.lap("compile", started)
@@ -49,7 +47,15 @@ class Trainer:
         return now
 
     def compile(self, name: str, args: tuple[Any, ...]) -> tuple[Any, bool]:
-        return aot.compiled(name, getattr(self.functions, name), args, self.facts, self.cache)
+        """Of the config only what the program is built from names it: another seed or length compiles nothing anew."""
+        p = self.program
+        train = (p.train.batch, p.train.dtype, p.train.accumulation, p.train.remat, p.train.loss_chunk)
+        built_from = {
+            "init": (p.model, p.mesh, p.train.seed),
+            "train": (p.model, p.mesh, p.data.sequence, *train, p.optim, p.train.steps),
+            "eval": (p.model, p.mesh, p.data.sequence, *train),
+        }
+        return aot.compiled(name, getattr(self.functions, name), args, built_from[name], self.cache)
 
     def restore(self, step: int | None) -> Restored:
         """Stands ready at a committed step; None initialises. Raises CheckpointError rather than start afresh."""

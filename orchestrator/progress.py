@@ -63,8 +63,15 @@ class Screen:
         sys.stderr.flush()
 
 
-def summary(folder: Path, how: str, rows: dict[int, dict[str, Any]], goodput: dict[str, Any], resume: str) -> str:
-    """Where everything lies and where the time went."""
+def summary(
+    folder: Path,
+    how: str,
+    rows: dict[int, dict[str, Any]],
+    goodput: dict[str, Any],
+    first_step_s: float | None,
+    resume: str,
+) -> str:
+    """Where everything lies and where the time went. Times add up over all attempts; the first step is this one's."""
     buckets = {name: s for name, s in goodput["buckets"].items() if s >= 0.05}
     times = ", ".join(f"{name} {s:.1f} s" for name, s in sorted(buckets.items(), key=lambda item: -item[1]))
     lines = [f"run {folder.name}: {how}"]
@@ -79,6 +86,7 @@ def summary(folder: Path, how: str, rows: dict[int, dict[str, Any]], goodput: di
         f"  checkpoints  {folder / 'checkpoints'}",
         f"  wandb        {folder / 'wandb'}",
         f"  time         {goodput['wall_s']:.1f} s: {times}",
+        "  first step   " + ("none" if first_step_s is None else f"{first_step_s:.1f} s after the command"),
         f"  resume       {resume}",
     ]
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """Everything a run writes down: metrics, events, goodput, wandb, the screen. One writer, the controller."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ from orchestrator.wandb_log import WandbLog
 
 PEAK_FLOPS_PER_CHIP = 459e12  # v5p, bf16; the MFU of a simulated slice is told against it too
 GOODPUT_EVERY_S = 5.0
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started, imports and all (Linux)."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 class Report:
@@ -33,6 +40,7 @@ class Report:
         self.attempt = max((e.get("attempt", 0) for e in rundir.events(folder)), default=0)
         self.facts: Restored | None = None
         self.goodput_written = 0.0
+        self.first_step_s: float | None = None  # from the command to the first step's loss
 
     def phase(self, bucket: str, shown: str) -> float:
         """The controller turns to something else; returns the seconds the last thing took."""
@@ -58,6 +66,9 @@ class Report:
 
     def rows(self, rows: list[Row]) -> None:
         assert self.facts is not None
+        if self.first_step_s is None and rows:
+            self.first_step_s = process_age_s()
+            self.event("first_step", rows[0].step, self.first_step_s)
         for row in rows:
             if row.step <= self.newest:
                 self.ledger.move("step", "replay", row.step_s)

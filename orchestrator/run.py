@@ -71,7 +71,7 @@ def run(config: Config, folder: Path) -> Exit:
     root = "" if config.run.root == "runs" else f" run.root={config.run.root}"
     more = f" train.steps={2 * config.train.steps}" if code is Exit.FINISHED else ""
     command = f"python -m launch.resume run={folder.name}{root}{more}"
-    print(summary(folder, HOW[code], rundir.metrics(folder), goodput, command), flush=True)
+    print(summary(folder, HOW[code], rundir.metrics(folder), goodput, report.first_step_s, command), flush=True)
     lock.close()
     return code
 
