@@ -8,6 +8,7 @@ import ray
 
 from gemma.config import ConfigError
 from orchestrator.config import Config
+from orchestrator.interrupt import handlers_kept
 
 CODE = ("gemma", "orchestrator")  # the hosts run the code that was launched, not what lies there
 
@@ -18,12 +19,13 @@ def connect(config: Config) -> Iterator[None]:
     top = Path(__file__).parents[2]
     modules = [str(top / name) for name in CODE]
     try:
-        ray.init(
-            address=config.cluster.address,
-            runtime_env={"py_modules": modules},
-            log_to_driver=False,
-            logging_level="error",
-        )
+        with handlers_kept():
+            ray.init(
+                address=config.cluster.address,
+                runtime_env={"py_modules": modules},
+                log_to_driver=False,
+                logging_level="error",
+            )
     except (ConnectionError, ValueError, RuntimeError) as error:
         why = str(error).strip().splitlines()[0]
         raise ConfigError(f"cluster.address={config.cluster.address}: no Ray cluster answers there ({why})") from error

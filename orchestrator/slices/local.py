@@ -9,6 +9,7 @@ from pathlib import Path
 import ray
 
 from orchestrator.config import Config
+from orchestrator.interrupt import handlers_kept
 from orchestrator.slices import simulated
 from orchestrator.topology import CHIPS_PER_HOST
 
@@ -47,7 +48,8 @@ def connect(config: Config) -> Iterator[None]:
     """Starts the nodes and ends them, with everything that runs on them."""
     cluster = simulated.start(hosts(config), Path(tempfile.mkdtemp(prefix="gemma-", dir="/tmp")))
     try:
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="error", _node_ip_address="127.0.0.2")
+        with handlers_kept():
+            ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
         yield
     finally:
         ray.shutdown()

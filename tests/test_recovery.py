@@ -1,0 +1,122 @@
+"""Stopped, killed, resumed: a run ends bitwise as if nothing had happened. Real Ray nodes, processes and signals."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator import rundir, wandb_spool
+from orchestrator.worker import is_running
+from tests.runs import (
+    SMALL,
+    assert_same_run,
+    event_names,
+    finish,
+    goodput,
+    kill_worker,
+    launch,
+    losses,
+    wait_for_step,
+)
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root: Path) -> Path:
+    finish(launch("train", f"run.root={root}", "run.id=undisturbed", *SMALL), 0)
+    return root / "undisturbed"
+
+
+def test_sigterm_saves_leaves_with_3_and_resume_ends_bitwise_the_same(undisturbed: Path, root: Path) -> None:
+    process = launch("train", f"run.root={root}", "run.id=terminated", *SMALL)
+    folder = root / "terminated"
+    wait_for_step(process, folder, 13)
+    process.send_signal(signal.SIGTERM)
+    finish(process, 3)
+    stopped_at = max(losses(folder))
+    assert 13 <= stopped_at < STEPS
+    assert rundir.committed(folder)[-1] == stopped_at
+    finish(launch("resume", "run=latest", f"run.root={root}"), 0)
+    assert_same_run(undisturbed, folder, STEPS)
+    assert wandb_steps(folder) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigkill_of_a_worker_restarts_by_itself_and_ends_bitwise_the_same(
+    undisturbed: Path, root: Path, rank: int
+) -> None:
+    process = launch("train", f"run.root={root}", f"run.id=killed-{rank}", *SMALL)
+    folder = root / f"killed-{rank}"
+    wait_for_step(process, folder, 15)
+    kill_worker(folder, rank)
+    finish(process, 0)
+    failures = [e for e in rundir.events(folder) if e["event"] == "failure"]
+    assert [(f["outcome"], f["rank"]) for f in failures] == [("host died", rank)]
+    assert_same_run(undisturbed, folder, STEPS)
+    assert wandb_steps(folder) == list(range(1, STEPS + 1))
+    assert goodput(folder)["restarts"] == 1
+    assert goodput(folder)["buckets"]["replay"] > 0
+
+
+def test_sigkill_of_the_controller_leaves_no_process_and_resume_ends_bitwise_the_same(
+    undisturbed: Path, root: Path
+) -> None:
+    process = launch("train", f"run.root={root}", "run.id=orphaned", *SMALL)
+    folder = root / "orphaned"
+    wait_for_step(process, folder, 15)
+    pids = [e["pids"] for e in rundir.events(folder) if e["event"] == "start"][-1]
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline, f"hosts {pids} outlive their controller"
+        time.sleep(0.05)
+    finish(launch("resume", "run=orphaned", f"run.root={root}"), 0)
+    assert_same_run(undisturbed, folder, STEPS)
+
+
+def test_resume_extends_a_finished_run(undisturbed: Path, root: Path) -> None:
+    finish(launch("train", f"run.root={root}", "run.id=short", *SMALL, "optim.schedule=constant"), 0)
+    out = finish(launch("resume", "run=short", f"run.root={root}", "train.steps=50"), 0)
+    assert "train.steps: 40 -> 50 (safe)" in out
+    assert sorted(losses(root / "short")) == list(range(1, 51))
+
+
+def test_resume_refuses_a_checkpoint_that_is_gone(root: Path) -> None:
+    process = launch("train", f"run.root={root}", "run.id=robbed", *SMALL)
+    folder = root / "robbed"
+    wait_for_step(process, folder, 12)
+    process.send_signal(signal.SIGINT)
+    finish(process, 3)
+    for step in rundir.committed(folder):
+        os.rename(folder / "checkpoints" / str(step), folder / "checkpoints" / f"away-{step}")
+    before = losses(folder)
+    finish(launch("resume", "run=robbed", f"run.root={root}"), 2)
+    assert losses(folder) == before
+    assert "failure" in event_names(folder)
+
+
+def test_another_mesh_takes_up_the_run_where_it_was(undisturbed: Path, root: Path) -> None:
+    process = launch("train", f"run.root={root}", "run.id=resharded", *SMALL)
+    folder = root / "resharded"
+    wait_for_step(process, folder, 11)
+    process.send_signal(signal.SIGTERM)
+    finish(process, 3)
+    step = rundir.committed(folder)[-1]
+    out = finish(launch("resume", "run=resharded", f"run.root={root}", "mesh.fsdp=4", "mesh.tensor=2"), 0)
+    assert "mesh.tensor: 1 -> 2 (resharding)" in out
+    # The sums over devices are taken in another order; nothing else differs.
+    assert losses(folder)[step + 1] == pytest.approx(losses(undisturbed)[step + 1], abs=1e-5)
+
+
+def wandb_steps(folder: Path) -> list[int]:
+    """The axis of wandb's own record of the training loss, as it stands there."""
+    return [int(row["step"]) for row in wandb_spool.history(folder) if "loss" in row]
