@@ -38,7 +38,7 @@ class Trainer:
         self.lap("compile", started)
         self.manager = checkpoint.open_manager(folder / "checkpoints", program.checkpoint)
         self.state: TrainState | None = None
-        self.ready = time.monotonic()  # when the newest step's result was seen
+        self.ready = time.monotonic()  # since when the next step is being waited for
         self.tracing = False
 
     def lap(self, phase: str, started: float) -> float:
@@ -65,7 +65,7 @@ class Trainer:
             jax.block_until_ready(self.state.step)
         else:
             self.state = checkpoint.restore(self.manager, step, self.functions.state)
-        self.lap("restore", started)
+        self.ready = self.lap("restore", started)
         program = self.program
         return Restored(
             step=step or 0,
@@ -81,7 +81,6 @@ class Trainer:
     def run(self, first: int, last: int) -> list[Row]:
         """Steps first..last-1. A step is dispatched before the one before it is waited for."""
         assert self.state is not None
-        self.ready = max(self.ready, time.monotonic())
         rows: list[Row] = []
         flight: list[tuple[int, dict[str, jax.Array]]] = []
         for step in range(first, last):

@@ -4,7 +4,7 @@ import time
 from dataclasses import asdict, replace
 
 from gemma.config import ConfigError
-from launch.command import apply, arguments, main
+from launch.command import apply, arguments, main, process_started
 from orchestrator import change, preflight, rundir
 from orchestrator import config as configs
 
@@ -53,7 +53,7 @@ def work() -> int:
 
     from orchestrator.run import run  # Ray: not before the input is known to be good
 
-    return run(config, folder)
+    return run(config, folder, process_started())
 
 
 if __name__ == "__main__":

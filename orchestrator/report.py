@@ -1,7 +1,6 @@
 """Everything a run writes down: metrics, events, goodput, wandb, the screen. One writer, the controller."""
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,12 @@ PEAK_FLOPS_PER_CHIP = 459e12  # v5p, bf16; the MFU of a simulated slice is told 
 GOODPUT_EVERY_S = 5.0
 
 
-def process_age_s() -> float:
-    """Seconds since this process was started, imports and all (Linux)."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-
-
 class Report:
     """Open for the life of a controller."""
 
-    def __init__(self, config: Config, folder: Path):
-        self.config, self.folder = config, folder
+    def __init__(self, config: Config, folder: Path, commanded: float):
+        """commanded: the time.monotonic() at which the user asked."""
+        self.config, self.folder, self.commanded = config, folder, commanded
         self.ledger = Ledger()
         earlier = folder / "goodput.json"
         if earlier.exists():
@@ -67,7 +61,7 @@ class Report:
     def rows(self, rows: list[Row]) -> None:
         assert self.facts is not None
         if self.first_step_s is None and rows:
-            self.first_step_s = process_age_s()
+            self.first_step_s = time.monotonic() - self.commanded
             self.event("first_step", rows[0].step, self.first_step_s)
         for row in rows:
             if row.step <= self.newest:

@@ -46,10 +46,13 @@ class Sent:
     call: Call
 
 
-def run(config: Config, folder: Path) -> Exit:
-    """Works on a run whose directory and manifest exist. Raises ConfigError, and then leaves no fresh run behind."""
+def run(config: Config, folder: Path, commanded: float) -> Exit:
+    """Works on a run whose directory and manifest exist. Raises ConfigError, and then leaves no fresh run behind.
+
+    commanded: the time.monotonic() at which the user asked, from which the first step is counted.
+    """
     lock = rundir.lock(folder)
-    report = Report(config, folder)
+    report = Report(config, folder, commanded)
     interrupt = Interrupt(report.screen.say)
     try:
         code = drive(config, folder, report, interrupt)

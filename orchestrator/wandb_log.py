@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from orchestrator import wandb_spool
+from orchestrator import rundir, wandb_spool
 from orchestrator.config import Config
 
 FINISH_TIMEOUT_S = 30.0
@@ -53,10 +53,15 @@ class WandbLog:
     def work(self) -> None:
         try:
             run, known = self.start()
+            # A controller that died may have written steps that never reached wandb.
+            for step, row in sorted(rundir.metrics(self.folder).items()):
+                if step not in known:
+                    run.log(row)
+                    known.add(step)
             while (row := self.rows.get()) is not None:
-                if "loss" in row and row["step"] in known:
-                    continue
                 if "loss" in row:
+                    if row["step"] in known:
+                        continue
                     known.add(row["step"])
                 run.log(row)
             run.finish()

@@ -81,6 +81,7 @@ def test_sigkill_of_the_controller_leaves_no_process_and_resume_ends_bitwise_the
         time.sleep(0.05)
     finish(launch("resume", "run=orphaned", f"run.root={root}"), 0)
     assert_same_run(undisturbed, folder, STEPS)
+    assert wandb_steps(folder) == list(range(1, STEPS + 1))
 
 
 def test_resume_extends_a_finished_run(undisturbed: Path, root: Path) -> None:

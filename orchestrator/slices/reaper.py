@@ -1,6 +1,6 @@
 """Ends the processes of a simulated cluster: by command, or when the process that started it dies.
 
-Run as a script it outlives its parent by a moment: it reads process sessions from standard input, a line each
+Run as a script it outlives its parent by a moment: it reads process groups from standard input, a line each
 (negated: forget it), and kills them all once that input ends. Standard library only: it starts in milliseconds.
 """
 
@@ -15,23 +15,23 @@ from pathlib import Path
 STOP_TIMEOUT_S = 5.0
 
 
-def members(sessions: set[int]) -> list[int]:
-    """The processes of these sessions that still run."""
+def members(groups: set[int]) -> list[int]:
+    """The processes of these groups that still run."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, _, _, session = stat.read_text(errors="replace").rpartition(")")[2].split()[:4]
+            state, _, group = stat.read_text(errors="replace").rpartition(")")[2].split()[:3]
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if int(session) in sessions and state not in "ZX":
+        if int(group) in groups and state not in "ZX":
             found.append(int(stat.parent.name))
     return found
 
 
-def kill_sessions(sessions: set[int]) -> None:
-    """Kill all processes of these sessions, and those that they start meanwhile."""
+def kill_groups(groups: set[int]) -> None:
+    """Kill all processes of these groups, and those that they start meanwhile."""
     deadline = time.monotonic() + STOP_TIMEOUT_S
-    while left := members(sessions):
+    while left := members(groups):
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited in vain for killed processes to end: {left}")
         for pid in left:
@@ -43,7 +43,7 @@ def kill_sessions(sessions: set[int]) -> None:
 
 
 def reap(parent: int, temp_dir: str) -> None:
-    """Kill the sessions named on standard input once that ends, or the parent does.
+    """Kill the process groups named on standard input once that ends, or the parent does.
 
     The parent is watched too, because a child that it forked may keep the pipe open.
     """
@@ -54,7 +54,7 @@ def reap(parent: int, temp_dir: str) -> None:
                 break
             lines += data
     told = [int(line) for line in lines.split()]
-    kill_sessions({session for session in told if session > 0 and -session not in told})
+    kill_groups({group for group in told if group > 0 and -group not in told})
     shutil.rmtree(temp_dir)
 
 

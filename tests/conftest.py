@@ -1,0 +1,52 @@
+"""Eight CPU devices in one process, and a program small enough to compile in a second."""
+
+import os
+
+# Before anything imports jax. The hosts of a simulated slice set their own.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import pytest
+
+from gemma.config import Checkpoint, Data, Eval, Mesh, Model, Optim, Profile, Program, Train
+
+
+@pytest.fixture(scope="session")
+def program() -> Program:
+    """Rows of 16 tokens from byte text, 8 a step, for one device; every size divides by the meshes of 8 devices."""
+    return Program(
+        model=Model(
+            name="small",
+            vocab=264,
+            width=16,
+            layers=2,
+            heads=4,
+            kv_heads=2,
+            head_size=8,
+            hidden=32,
+            window=4,
+            attention_cap=50.0,
+            final_cap=30.0,
+            query_scale=0.5,
+            context=64,
+            rope_base=10000.0,
+            norm_eps=1e-6,
+        ),
+        data=Data(source="stdlib", path=None, text_key="text", tokenizer="byte", sequence=16, eval_fraction=0.1),
+        mesh=Mesh(replica=1, fsdp=1, tensor=1),
+        optim=Optim(
+            lr=1e-2,
+            schedule="cosine",
+            warmup_steps=2,
+            final_lr_ratio=0.1,
+            beta1=0.9,
+            beta2=0.95,
+            eps=1e-8,
+            weight_decay=0.1,
+            clip_norm=1.0,
+        ),
+        train=Train(steps=10, batch=8, seed=0, dtype="float32", accumulation=1, remat="none", loss_chunk=8),
+        eval=Eval(every=0, batches=1),
+        checkpoint=Checkpoint(every=0, every_minutes=0.0, keep_last=1, keep_every=0),
+        profile=Profile(steps=()),
+    )

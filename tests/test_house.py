@@ -1,0 +1,92 @@
+"""The house: which folder may import what, how long a file may be, what it may not be called."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parents[1]
+LINES = 300
+JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
+PLAIN = {"gemma.config", "gemma.corpus", "gemma.tokenizer", "gemma.reports"}  # of gemma/, what needs no JAX
+NEVER = {
+    "gemma": {"ray", "hydra", "wandb", "orchestrator", "launch", "tests"},
+    "orchestrator": {"hydra", "launch", "tests"},
+    "launch": {"tests"},
+}
+# A process of their own each; JAX inside their functions, so that importing them costs nothing.
+JAX_INSIDE = {"orchestrator/worker.py", "launch/plan.py", "launch/convert.py"}
+CODE = [p.relative_to(TOP).as_posix() for folder in NEVER for p in sorted((TOP / folder).rglob("*.py"))]
+PYTHON = [*CODE, *(p.relative_to(TOP).as_posix() for p in sorted((TOP / "tests").rglob("*.py")))]
+
+
+def imports(nodes: Iterator[ast.AST], file: str) -> set[str]:
+    """Dotted names; `from a.b import c` counts as a.b.c."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def when_imported(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run on import: none of a function's body, none of `if TYPE_CHECKING:`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        yield node
+        yield from when_imported(node)
+
+
+@pytest.mark.parametrize("file", CODE)
+def test_a_folder_imports_only_what_the_house_allows(file: str) -> None:
+    folder = file.split("/")[0]
+    tree = ast.parse((TOP / file).read_text())
+    anywhere, at_once = imports(ast.walk(tree), file), imports(when_imported(tree), file)
+    assert not {name for name in anywhere if name.split(".")[0] in NEVER[folder]}
+    if folder == "gemma":
+        return
+    judged = at_once if file in JAX_INSIDE else anywhere
+    assert not {name for name in judged if name.split(".")[0] in JAX}
+    of_gemma = {".".join(name.split(".")[:2]) for name in judged if name.split(".")[0] == "gemma"}
+    assert of_gemma <= PLAIN
+    if file == "orchestrator/worker.py":
+        everywhere = {".".join(name.split(".")[:2]) for name in anywhere if name.split(".")[0] == "gemma"}
+        assert everywhere <= {*PLAIN, "gemma.trainer"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        ("launch.train, launch.resume, launch.status", {"ray", "wandb", *JAX}),
+        ("orchestrator.run, orchestrator.worker", JAX),
+        (", ".join(sorted(PLAIN)), {"ray", "hydra", "wandb", "orchestrator", "launch", *JAX}),
+    ],
+)
+def test_importing_loads_nothing_heavy_behind_its_back(modules: str, absent: set[str]) -> None:
+    code = f"import sys, {modules}; print(*sorted({absent!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=TOP, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+
+
+@pytest.mark.parametrize("file", PYTHON)
+def test_a_file_is_named_for_what_it_is(file: str) -> None:
+    vague = {"util", "utils", "helper", "helpers", "common", "base", "manager", "misc"}
+    assert not vague & set(Path(file).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("file", PYTHON)
+def test_a_file_is_at_most_300_lines(file: str) -> None:
+    assert len((TOP / file).read_text().splitlines()) <= LINES
+
+
+def test_conf_holds_values_only() -> None:
+    assert {p.suffix for p in (TOP / "conf").rglob("*") if p.is_file()} == {".yaml"}

@@ -1,0 +1,113 @@
+"""The schedule, what decays, the reported norms and the clipping of one update."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gemma import optim
+from gemma.config import Mesh, Optim, Program
+from gemma.model import Gemma
+from gemma.sharding import make_mesh
+from gemma.step import TrainState, update
+
+STEPS = 50
+
+
+@pytest.fixture
+def config(program: Program) -> Optim:
+    return replace(program.optim, lr=0.4, warmup_steps=10, final_lr_ratio=0.25)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_warm_up_rises_by_equal_steps_and_ends_at_lr(config: Optim, name: str) -> None:
+    rates = [optim.schedule(replace(config, schedule=name), STEPS)(step) for step in range(11)]
+    np.testing.assert_allclose(rates, [0.04 * step for step in range(1, 11)] + [0.4], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, halfway, end",
+    [("cosine", 0.4 * (1 + 0.25) / 2, 0.1), ("linear", 0.4 * (1 + 0.25) / 2, 0.1), ("constant", 0.4, 0.4)],
+)
+def test_the_schedule_ends_at_its_final_ratio(config: Optim, name: str, halfway: float, end: float) -> None:
+    schedule = optim.schedule(replace(config, schedule=name), STEPS)
+    np.testing.assert_allclose([schedule(30), schedule(STEPS), schedule(STEPS + 5)], [halfway, end, end], rtol=1e-6)
+
+
+def test_cosine_lies_above_linear_in_its_first_half(config: Optim) -> None:
+    cosine, linear = (optim.schedule(replace(config, schedule=name), STEPS)(20) for name in ("cosine", "linear"))
+    assert float(cosine) == pytest.approx(0.4 * (0.25 + 0.75 * (1 + np.cos(np.pi / 4)) / 2), rel=1e-6)
+    assert cosine > linear
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1])
+def test_the_first_step_already_learns(config: Optim, warmup_steps: int) -> None:
+    assert float(optim.schedule(replace(config, warmup_steps=warmup_steps), STEPS)(0)) == pytest.approx(0.4)
+
+
+def test_weight_decay_leaves_exactly_the_norms_alone(config: Optim, program: Program) -> None:
+    shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Gemma(program.model, rngs=nnx.Rngs(0)))))
+    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
+    tx = optim.optimizer(replace(config, warmup_steps=0, weight_decay=0.1), STEPS)
+    zeros = jax.tree.map(np.zeros_like, params)
+    updates, _ = jax.jit(tx.update)(zeros, tx.init(params), params)
+    for path, change in jax.tree.leaves_with_path(updates):
+        is_norm = path[-1].key in ("norms_P4D", "final_norm")
+        np.testing.assert_allclose(change, 0.0 if is_norm else -0.4 * 0.1, rtol=1e-6, err_msg=str(path))
+
+
+def test_global_norms_are_the_l2_norms_of_the_whole_trees() -> None:
+    mesh = make_mesh(Mesh(replica=2, fsdp=2, tensor=2))
+    specs = {
+        "whole": PartitionSpec(),
+        "fsdp": PartitionSpec(None, "fsdp"),
+        "both": PartitionSpec("tensor", "fsdp"),
+        "batch": PartitionSpec(("replica", "fsdp"), None),
+    }
+    places = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    rng = np.random.default_rng(0)
+    trees = tuple({name: rng.normal(size=(4, 6)).astype(np.float32) for name in specs} for _ in range(2))
+    got = jax.jit(partial(optim.global_norms, places=places))(jax.device_put(trees, (places, places)))
+    np.testing.assert_allclose(got, [optax.tree.norm(tree) for tree in trees], rtol=1e-6)
+
+
+def one_update(program: Program, clip_norm: float | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The change of the parameters and the metrics where 4 targets have a gradient sum of norm 4 * 5."""
+    place = NamedSharding(jax.make_mesh((1,), ("fsdp",), devices=jax.devices()[:1]), PartitionSpec())
+    grads = {"weight": jnp.asarray([12.0, 0.0]), "norm": jnp.asarray([16.0])}
+    params = jax.tree.map(jnp.zeros_like, grads)
+    state = TrainState(jnp.asarray(3, jnp.int32), params, optax.sgd(1.0).init(params))
+    changed = replace(program, optim=replace(program.optim, clip_norm=clip_norm))
+    after, metrics = update(
+        changed,
+        lambda params, tokens_BU: (jnp.asarray(10.0), jnp.asarray(4.0), grads),
+        optax.sgd(1.0),
+        jax.tree.map(lambda _: place, grads),
+        state,
+        jnp.zeros((1, 2), jnp.int32),
+    )
+    assert int(after.step) == 4
+    return after.params, metrics
+
+
+@pytest.mark.parametrize("clip_norm, length", [(None, 5.0), (7.0, 5.0), (0.5, 0.5)])
+def test_clipping_shortens_a_longer_gradient_and_keeps_its_direction(
+    program: Program, clip_norm: float | None, length: float
+) -> None:
+    change, _ = one_update(program, clip_norm)
+    np.testing.assert_allclose(change["weight"], [-0.6 * length, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(change["norm"], [-0.8 * length], rtol=1e-6)
+
+
+def test_metrics_are_means_over_targets_before_clipping(program: Program) -> None:
+    _, metrics = one_update(program, 0.5)
+    rate = optim.schedule(program.optim, program.train.steps)(3)
+    want = {"loss": 2.5, "grad_norm": 5.0, "param_norm": 0.0, "learning_rate": float(rate), "targets": 4.0}
+    assert {name: float(value) for name, value in metrics.items()} == pytest.approx(want)

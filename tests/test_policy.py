@@ -1,0 +1,110 @@
+"""Failures: evidence to outcome, outcome to decision; and how far the hosts are sent ahead. All pure."""
+
+import random
+
+import pytest
+
+from orchestrator.outcome import Evidence, Outcome, classify
+from orchestrator.policy import Failure, GiveUp, Restart, decide
+from orchestrator.window import MOST_STEPS, due, window_end
+
+BROKEN = "JaxRuntimeError"
+OOM = "RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes"
+
+
+@pytest.mark.parametrize(
+    ("evidence", "outcome", "rank"),
+    [
+        ([Evidence(0, exception=BROKEN, message="Connection closed"), Evidence(1, died=True)], Outcome.HOST_DIED, 1),
+        ([Evidence(0, died=True), Evidence(1, died=True, node_alive=False)], Outcome.NODE_DIED, 1),
+        ([Evidence(0, overdue="run"), Evidence(1, overdue="run")], Outcome.HANG, 0),
+        ([Evidence(0, exception=BROKEN, message="INTERNAL: Gloo: timed out")], Outcome.PEER_LOST, 0),
+        ([Evidence(1, exception="XlaRuntimeError", message="UNAVAILABLE")], Outcome.PEER_LOST, 1),
+        ([Evidence(0, exception="ValueError", message="the request timed out")], Outcome.ERROR, 0),
+        ([Evidence(0, exception="TimeoutError", message="preempted")], Outcome.ERROR, 0),
+        ([Evidence(0, exception=BROKEN, message="peer"), Evidence(1, exception="KeyError")], Outcome.ERROR, 1),
+        ([Evidence(0, exception=BROKEN, message="peer"), Evidence(1, exception=BROKEN, message=OOM)], Outcome.ERROR, 1),
+        ([Evidence(0, exception=BROKEN), Evidence(1, exception="ConfigError", message="x")], Outcome.BAD_INPUT, 1),
+        ([Evidence(0, exception="KeyError"), Evidence(1, exception="CheckpointError")], Outcome.CHECKPOINT, 1),
+        ([Evidence(0, exception="ConfigError"), Evidence(1, died=True)], Outcome.HOST_DIED, 1),
+        ([Evidence(0, overdue="run"), Evidence(1, exception="KeyError")], Outcome.ERROR, 1),
+        ([Evidence(0)], Outcome.ERROR, 0),
+    ],
+)
+def test_a_failure_is_classified_by_evidence_not_by_words(
+    evidence: list[Evidence], outcome: Outcome, rank: int
+) -> None:
+    found, cause = classify(evidence)
+    assert (found, cause.rank) == (outcome, rank)
+
+
+def test_every_outcome_has_evidence_that_leads_to_it() -> None:
+    (table,) = [mark.args[1] for mark in test_a_failure_is_classified_by_evidence_not_by_words.pytestmark]
+    assert {row[1] for row in table} == set(Outcome)
+
+
+def died(committed: int | None, step: int = 7) -> Failure:
+    return Failure(Outcome.HOST_DIED, "host died", step, committed)
+
+
+@pytest.mark.parametrize(
+    ("history", "budget", "decision"),
+    [
+        ([None], 0, GiveUp),
+        ([None], 1, Restart),
+        ([None, None], 1, GiveUp),
+        ([None, None, 10], 1, Restart),  # a new commit gives a new budget
+        ([None, 10, 10], 2, Restart),
+        ([None, 10, 10, 10], 2, GiveUp),
+        ([10, 20, 30, 40, 50], 1, Restart),
+    ],
+)
+def test_the_budget_counts_failures_since_the_last_new_commit(
+    history: list[int | None], budget: int, decision: type
+) -> None:
+    assert isinstance(decide([died(committed) for committed in history], budget), decision)
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+def test_only_what_another_try_can_mend_is_tried_again(outcome: Outcome) -> None:
+    retried = {Outcome.HOST_DIED, Outcome.NODE_DIED, Outcome.HANG, Outcome.PEER_LOST}
+    assert isinstance(decide([Failure(outcome, "x", 7, 0)], 9), Restart) is (outcome in retried)
+
+
+@pytest.mark.parametrize(
+    ("before", "decision"),
+    [
+        (Failure(Outcome.PEER_LOST, "same", 7, None), GiveUp),
+        (Failure(Outcome.PEER_LOST, "same", 6, None), Restart),
+        (Failure(Outcome.PEER_LOST, "other", 7, None), Restart),
+    ],
+)
+def test_the_same_failure_twice_at_the_same_step_ends_the_run(before: Failure, decision: type) -> None:
+    assert isinstance(decide([before, Failure(Outcome.PEER_LOST, "same", 7, None)], 9), decision)
+
+
+def test_a_decision_says_why() -> None:
+    assert "retry.budget=1" in decide([died(None), died(None)], 1).reason
+
+
+def test_a_window_makes_a_step_at_least_and_crosses_no_stop_and_not_the_end() -> None:
+    dice = random.Random(0)
+    for _ in range(3000):
+        end = dice.randint(1, 500)
+        first = dice.randrange(end)
+        stops = (dice.choice([0, 1, 3, 10, 100]), dice.choice([0, 7, 50]))
+        last = window_end(first, end, dice.choice([None, 0.001, 0.1, 0.9, 30.0]), stops)
+        assert first < last <= min(end, first + MOST_STEPS)
+        assert not [s for s in range(first + 1, last) if any(every and s % every == 0 for every in stops)]
+
+
+@pytest.mark.parametrize(("step_s", "steps"), [(None, 1), (0.1, 10), (0.001, MOST_STEPS), (60.0, 1)])
+def test_a_window_lasts_about_a_second(step_s: float | None, steps: int) -> None:
+    assert window_end(1000, 10**6, step_s, (0, 0)) == 1000 + steps
+
+
+@pytest.mark.parametrize(
+    ("step", "every", "expected"), [(10, 5, True), (11, 5, False), (40, 0, True), (10, 0, False), (40, 7, True)]
+)
+def test_what_happens_every_so_often_also_happens_at_the_end(step: int, every: int, expected: bool) -> None:
+    assert due(step, 40, every) is expected

@@ -1,0 +1,73 @@
+"""launch.status: what it calls a run, told from the run directory alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.status import detail, line, state
+from orchestrator import rundir
+from tests.test_rundir import fabricate
+
+
+def happened(folder: Path, *events: str, **last: Any) -> None:
+    """Events as the controller writes them; `last` adds to the last one."""
+    file = rundir.Appender(folder / "events.jsonl")
+    for number, event in enumerate(events):
+        row = {"time": 1000.0 + number, "event": event, "attempt": 1, "step": number}
+        file.write(row | (last if number == len(events) - 1 else {}))
+
+
+@pytest.mark.parametrize(
+    ("events", "last", "expected"),
+    [
+        (["start", "commit", "finish"], {}, "finished"),
+        (["start", "stop"], {}, "stopped"),
+        (["start", "stop"], {"at_once": True}, "stopped"),
+        (["start", "failure", "decision"], {"decision": "GiveUp"}, "gave up"),
+        (["reserve", "give_up"], {}, "gave up"),
+        (["start", "failure", "decision"], {"decision": "Restart"}, "died"),
+        (["start", "commit"], {}, "died"),
+        (["start", "finish", "reserve", "start"], {}, "died"),
+        ([], {}, "died"),
+    ],
+)
+def test_the_last_event_tells_how_a_run_ended(
+    tmp_path: Path, events: list[str], last: dict[str, Any], expected: str
+) -> None:
+    happened(tmp_path, *events, **last)
+    assert state(tmp_path) == expected
+
+
+@pytest.mark.parametrize("events", [[], ["start"], ["finish"]])
+def test_a_run_with_a_living_controller_is_running(tmp_path: Path, events: list[str]) -> None:
+    happened(tmp_path, *events)
+    held = rundir.lock(tmp_path)
+    assert state(tmp_path) == "running"
+    held.close()
+    assert state(tmp_path) != "running"
+
+
+def test_a_line_tells_step_loss_and_goodput(tmp_path: Path) -> None:
+    folder = fabricate(tmp_path, "some")
+    assert line(folder)[:5] == ["some", "died", "0/400", "-", "-"]
+    file = rundir.Appender(folder / "metrics.jsonl")
+    for step, loss in ((1, 5.0), (2, 4.0), (2, 3.5)):
+        file.write({"step": step, "loss": loss})
+    rundir.write_json(folder / "goodput.json", {"wall_s": 10.0, "goodput": 0.75, "restarts": 0, "buckets": {}})
+    happened(folder, "finish")
+    assert line(folder)[:5] == ["some", "finished", "2/400", "3.5000", "75.0%"]
+
+
+def test_one_run_s_detail_tells_where_its_time_went_and_what_happened(tmp_path: Path) -> None:
+    folder = fabricate(tmp_path, "some", done=20)
+    found = {"wall_s": 12.0, "goodput": 0.5, "restarts": 3, "buckets": {"step": 6.0, "compile": 8.0, "save": 0.0}}
+    (folder / "goodput.json").write_text(json.dumps(found))
+    happened(folder, "start", "failure", outcome="host died")
+    text = detail(folder)
+    assert "wall 12.0 s, restarts 3" in text
+    assert text.index("compile") < text.index("step ")
+    assert "save" not in text
+    assert "checkpoints at steps [20]" in text
+    assert "outcome=host died" in text
