@@ -31,7 +31,7 @@ def key(name: str, facts: tuple[Any, ...]) -> str:
     flags = [os.environ.get(v, "") for v in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     devices = [jax.device_count(), jax.local_device_count(), jax.process_count(), jax.process_index()]
     versions = [jax.__version__, jaxlib.__version__, jax.devices()[0].client.platform_version]
-    numerics = [jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64]
+    numerics = [jax.config.values[v] for v in ("jax_default_matmul_precision", "jax_enable_x64")]
     seen = repr([name, facts, flags, devices, versions, numerics, jax.devices()[0].device_kind, source_digest()])
     return f"{name}-{hashlib.sha256(seen.encode()).hexdigest()[:24]}"
 

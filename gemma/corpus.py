@@ -51,10 +51,7 @@ def documents(path: Path, text_key: str) -> Iterator[str]:
     """The non-empty texts of one file: a jsonl line each, else the whole file. Raises ConfigError on broken ones."""
     try:
         with open_text(path) as file:
-            if ".jsonl" not in path.suffixes:
-                texts = iter([file.read()])
-            else:
-                texts = jsonl(file, path, text_key)
+            texts = jsonl(file, path, text_key) if ".jsonl" in path.suffixes else iter([file.read()])
             yield from (text for text in texts if text.strip())
     except (OSError, EOFError) as error:
         raise ConfigError(f"data.path: cannot read {path} ({error})") from error

@@ -79,8 +79,8 @@ def place(abstract: jax.ShapeDtypeStruct, rows: Callable[[int, int], np.ndarray]
     B, _ = abstract.shape
     read: dict[tuple[int, int], np.ndarray] = {}  # devices along `tensor` hold the same rows
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
-        start, stop, _ = index[0].indices(B)
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        start, stop = (0, B) if index is None else index[0].indices(B)[:2]
         if (start, stop) not in read:
             read[start, stop] = rows(start, stop)
         return read[start, stop]

@@ -1,6 +1,7 @@
 """The train step: state, its places, and one update.
 
-B batch, T time, A accumulation steps; b and a are a device's share of the batch and of one microbatch. A batch is tokens_BU, int32, U = T + 1: inputs and targets overlap.
+B batch, T time, A accumulation steps; b and a are a device's share of the batch and of one microbatch.
+A batch is tokens_BU, int32, U = T + 1: inputs and targets overlap.
 """
 
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def functions(program: Program, mesh: jax.sharding.Mesh) -> Functions:
     opt_places = optax.tree.map_params(
         tx, lambda _, place: place, shapes.opt_state, places, transform_non_params=lambda _: replicated
     )
-    state_places = TrainState(replicated, places, opt_places)
+    state_places: Any = TrainState(*[replicated, places, opt_places])
     state = jax.tree.map(lambda a, p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=p), shapes, state_places)
     batch_place = sharding(mesh, ("batch", "time"))
     batch = jax.ShapeDtypeStruct((train.batch, program.data.sequence + 1), jnp.int32, sharding=batch_place)

@@ -39,7 +39,7 @@ class Meta:
 
     @property
     def bytes_per_target(self) -> float:
-        """Bytes of text a predicted token stands for, by which nats a token become bits a byte. BOS is never predicted."""
+        """Bytes of text a predicted token stands for: by it nats become bits a byte. BOS is never predicted."""
         return self.text_bytes / (self.train_tokens + self.eval_tokens - self.documents)
 
 
@@ -91,7 +91,9 @@ def lock(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"waited {LOCK_TIMEOUT_S:.0f} s for another process to tokenise: {path}") from None
+                    raise TimeoutError(
+                        f"waited {LOCK_TIMEOUT_S:.0f} s for another process to tokenise: {path}"
+                    ) from None
                 time.sleep(0.05)
         yield
 

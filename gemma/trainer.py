@@ -5,6 +5,7 @@ bare machine too: `Trainer(program, folder, cache)` in one process is the whole 
 """
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class Trainer:
         flight: list[tuple[int, dict[str, jax.Array]]] = []
         for step in range(first, last):
             self.profile(step)
-            tokens = data.place(self.functions.batch, lambda a, b, step=step: self.dataset.train_rows(step, a, b))
+            tokens = data.place(self.functions.batch, partial(self.dataset.train_rows, step))
             self.state, metrics = self.train(self.state, tokens)
             flight.append((step + 1, metrics))
             if len(flight) > 1:
@@ -122,7 +123,7 @@ class Trainer:
         total = count = 0.0
         batches = min(self.program.eval.batches, -(-len(self.dataset.eval) // self.dataset.batch))
         for index in range(batches):
-            tokens = data.place(self.functions.batch, lambda a, b, i=index: self.dataset.eval_rows(i, a, b))
+            tokens = data.place(self.functions.batch, partial(self.dataset.eval_rows, index))
             loss, targets = self.eval(self.state.params, tokens)
             total, count = total + float(loss), count + float(targets)
         self.ready = time.monotonic()

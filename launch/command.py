@@ -21,14 +21,26 @@ from orchestrator.config import unknown_key
 CONF = str(Path(__file__).parents[1] / "conf")
 
 
+HYDRA_FLAGS = (
+    *("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package", "-r", "--run"),
+    *("-m", "--multirun", "-sc", "--shell-completion", "-cp", "--config-path", "-cn", "--config-name"),
+    *("-cd", "--config-dir", "--experimental-rerun", "-i", "--info"),
+)
+MISTAKES = (ConfigError, HydraException, OmegaConfBaseException)
+
+
+def tell(name: str, error: Exception) -> None:
+    print(f"{name}: {one_line(error)}", file=sys.stderr)
+
+
 def main(name: str, work: Callable[[], int]) -> None:
     """Runs a command's work and exits: its code, or 1 with one line for a mistake of the user's."""
     # Hydra prints its errors over many lines; asked for all, it raises them, and they are told here in one.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         code = work()
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        print(f"{name}: {one_line(error)}", file=sys.stderr)
+    except MISTAKES as error:
+        tell(name, error)
         code = 1
     except SystemExit as left:  # argparse leaves with 2 for a mistake, which here means that a run gave up
         code = 1 if left.code else 0
@@ -52,13 +64,21 @@ def one_line(error: Exception) -> str:
         if unknown and "is already at" not in text:
             return unknown_key(unknown.group(1).lstrip("+"))
     if isinstance(error, MissingConfigException):
-        found = re.search(r"Could not find '([^']+)'\s+Available options in '[^']+':\s+(.*)", text, re.S)
+        found = re.search(r"Could not find '([^']+)'\s+Available options in '[^']+':\s+(.*?)(?:\n\S|$)", text, re.S)
         if found:
             group, _, choice = found.group(1).rpartition("/")
             return f"{group}={choice}: no such choice; allowed: {', '.join(found.group(2).split())}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not an override; allowed is key=value ({text.splitlines()[0]})"
     return " ".join(text.split())
+
+
+def check_flags(arguments: list[str]) -> list[str]:
+    """Hydra's own flags, the sweep's first: argparse takes no override after one. Raises ConfigError for others."""
+    for argument in arguments:
+        if argument.startswith("-") and argument.partition("=")[0] not in HYDRA_FLAGS:
+            raise ConfigError(f"{argument}: unknown flag; allowed are key=value and {' '.join(HYDRA_FLAGS)}")
+    return sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
 
 
 def arguments(known: dict[str, str], usage: str) -> tuple[dict[str, str], list[str]]:

@@ -7,19 +7,28 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from launch.command import CONF, main, process_started
+from launch.command import CONF, MISTAKES, check_flags, main, process_started, tell
 from orchestrator import config as configs
 from orchestrator import manifest, preflight, rundir
 
-STOPPED = 3
+FINISHED, MISTAKE, GAVE_UP, STOPPED = range(4)
 codes: list[int] = []  # one a job; a sweep leaves with the worst
 
 
 @hydra.main(config_path=CONF, config_name="run", version_base="1.3")
 def job(composed: DictConfig) -> None:
-    if codes and codes[-1] == STOPPED:
-        return  # a stopped sweep stops whole
+    """One run. Raises no mistake of the user's through Hydra, which would add lines of its own."""
+    if codes and codes[-1] in (MISTAKE, STOPPED):
+        return  # a sweep ends with what ends one of its runs, but for a run that gave up
     commanded = time.monotonic() if codes else process_started()
+    try:
+        codes.append(train(composed, commanded))
+    except MISTAKES as error:
+        tell("train", error)
+        codes.append(MISTAKE)
+
+
+def train(composed: DictConfig, commanded: float) -> int:
     container = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(container, dict)
     config = configs.from_container({str(key): value for key, value in container.items()})
@@ -31,14 +40,20 @@ def job(composed: DictConfig) -> None:
 
     from orchestrator.run import run  # Ray: not before the input is known to be good
 
-    codes.append(run(config, folder, commanded))
+    return run(config, folder, commanded)
 
 
 def work() -> int:
+    sys.argv[1:] = check_flags(sys.argv[1:])
     job()
-    return max(codes, default=0)
+    return max(codes, default=FINISHED)
+
+
+def command() -> None:
+    """The console script gemma-train: the same command, under a name that a shell can complete."""
+    main("train", work)
 
 
 if __name__ == "__main__":
     sys.argv[0] = "launch.train"
-    main("train", work)
+    command()

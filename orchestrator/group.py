@@ -42,7 +42,9 @@ class HostsFailedError(Exception):
     """Some host died, raised or was overdue."""
 
     def __init__(self, evidence: Sequence[Evidence]):
-        super().__init__("; ".join(f"rank {e.rank}: {e.overdue or e.exception or 'died'} {e.message}" for e in evidence))
+        super().__init__(
+            "; ".join(f"rank {e.rank}: {e.overdue or e.exception or 'died'} {e.message}" for e in evidence)
+        )
         self.evidence = tuple(evidence)
 
 
@@ -76,9 +78,7 @@ def join(group: Group, config: Config, stop: Callable[[], bool]) -> Group:
     )
     group = replace(group, pids=tuple(h.pid for h in hellos), coordinator=hellos[0].coordinator)
     if len(spots) > 1:
-        refs = [
-            w.join.remote(rank, len(spots), group.coordinator, timeout_s) for rank, w in enumerate(group.workers)
-        ]
+        refs = [w.join.remote(rank, len(spots), group.coordinator, timeout_s) for rank, w in enumerate(group.workers)]
         collect(Call("distributed init", tuple(refs), time.monotonic() + timeout_s, group.placement), stop)
     return group
 

@@ -62,7 +62,9 @@ def reserve(config: Config) -> Placement:
         else:
             why = f"{len(slices)} of {wanted} whole slices of {hosts} hosts are there"
         if time.monotonic() > deadline:
-            raise TimeoutError(f"no {config.cluster.slice} within timeout.reserve_s={config.timeout.reserve_s:.0f}: {why}")
+            raise TimeoutError(
+                f"no {config.cluster.slice} within timeout.reserve_s={config.timeout.reserve_s:.0f}: {why}"
+            )
         time.sleep(0.05)
 
 

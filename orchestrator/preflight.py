@@ -1,16 +1,21 @@
 """What can be refused before anything is started, besides the config itself."""
 
 import os
+import socket
 from pathlib import Path
 
 from gemma import corpus, tokenizer
 from gemma.config import ConfigError
 from orchestrator.config import Config
 
+ANSWER_TIMEOUT_S = 2.0
+
 
 def check(config: Config) -> None:
     """Raises ConfigError. Data and tokenizer are looked at where they are this machine's: elsewhere the hosts look."""
     check_root(config.run.root)
+    if config.cluster.kind == "ray":
+        check_address(str(config.cluster.address))
     if config.cluster.kind == "local":
         corpus.check(config.data, config.train.batch)
         coder = tokenizer.load(config.data.tokenizer)
@@ -30,3 +35,16 @@ def check_root(root: str) -> None:
         raise ConfigError(f"run.root={root}: {path} is a file, not a directory")
     if not os.access(path, os.W_OK | os.X_OK):
         raise ConfigError(f"run.root={root}: {path} cannot be written")
+
+
+def check_address(address: str) -> None:
+    """Something listens there: Ray itself would try for minutes."""
+    if address == "auto" or address.startswith("ray://"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"cluster.address={address}: must be HOST:PORT, or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cluster.address={address}: nothing answers there ({error})") from error

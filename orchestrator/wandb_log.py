@@ -54,9 +54,9 @@ class WandbLog:
         try:
             run, known = self.start()
             # A controller that died may have written steps that never reached wandb.
-            for step, row in sorted(rundir.metrics(self.folder).items()):
+            for step, written in sorted(rundir.metrics(self.folder).items()):
                 if step not in known:
-                    run.log(row)
+                    run.log(written)
                     known.add(step)
             while (row := self.rows.get()) is not None:
                 if "loss" in row:

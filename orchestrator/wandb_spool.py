@@ -38,7 +38,7 @@ def history(folder: Path) -> Iterator[dict[str, Any]]:
 
     for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
         for data in records(path):
-            record = wandb_internal_pb2.Record()
+            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
             record.ParseFromString(data)
             if record.WhichOneof("record_type") == "history":
                 yield {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}

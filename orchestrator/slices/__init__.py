@@ -10,9 +10,8 @@ from orchestrator.config import Config
 @contextmanager
 def connect(config: Config) -> Iterator[None]:
     """Raises ConfigError where the provider cannot be reached."""
-    if config.cluster.kind == "local":
-        from orchestrator.slices import local as provider
-    else:
-        from orchestrator.slices import existing as provider
-    with provider.connect(config):
+    from orchestrator.slices import existing, local
+
+    provider = {"local": local.connect, "ray": existing.connect}[config.cluster.kind]
+    with provider(config):
         yield

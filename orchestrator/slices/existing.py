@@ -1,5 +1,6 @@
 """cluster=ray: TPU nodes of a Ray cluster that exists already."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ def connect(config: Config) -> Iterator[None]:
                 address=config.cluster.address,
                 runtime_env={"py_modules": modules},
                 log_to_driver=False,
-                logging_level="error",
+                logging_level=logging.ERROR,
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
         why = str(error).strip().splitlines()[0]

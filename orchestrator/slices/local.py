@@ -1,5 +1,6 @@
 """cluster=local: slices simulated on this machine, a Ray node for each host. A first-class peer of the others."""
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -37,7 +38,9 @@ def hosts(config: Config) -> list[simulated.Host]:
                 "TPU_ACCELERATOR_TYPE": kind.name,
                 "TPU_TOPOLOGY": kind.topology,
                 # The checkout may not be installed; the hosts run what was launched.
-                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split()]),
+                "PYTHONPATH": os.pathsep.join(
+                    [str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split()]
+                ),
             }
             found.append(simulated.Host(cpus=1, resources=resources, labels=labels, env=env))
     return found
@@ -49,7 +52,7 @@ def connect(config: Config) -> Iterator[None]:
     cluster = simulated.start(hosts(config), Path(tempfile.mkdtemp(prefix="gemma-", dir="/tmp")))
     try:
         with handlers_kept():
-            ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+            ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         yield
     finally:
         ray.shutdown()

@@ -4,6 +4,7 @@ Run as a script it outlives its parent by a moment: it reads process groups from
 (negated: forget it), and kills them all once that input ends. Standard library only: it starts in milliseconds.
 """
 
+import contextlib
 import os
 import select
 import shutil
@@ -35,10 +36,8 @@ def kill_groups(groups: set[int]) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited in vain for killed processes to end: {left}")
         for pid in left:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         time.sleep(0.01)
 
 

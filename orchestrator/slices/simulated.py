@@ -89,7 +89,10 @@ def start(hosts: Sequence[Host], temp_dir: Path) -> Cluster:
         from ray._common.usage.usage_lib import put_cluster_metadata
 
         port = temp_dir / "session" / f"gcs_server_port_{gcs.node_id}"
-        ready = lambda: port.exists() and port.read_text().strip() != ""
+
+        def ready() -> bool:
+            return port.exists() and port.read_text().strip() != ""
+
         _wait(ready, [gcs], deadline, f"the GCS to write {port}", temp_dir)
         address = f"{_ip(HEAD)}:{int(port.read_text())}"
         client = _gcs_client(address)
@@ -176,7 +179,8 @@ def _flags(flags: Mapping[str, object]) -> list[str]:
 
 def _ray_file(name: str) -> str:
     spec = importlib.util.find_spec("ray")  # does not import it
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     return str(Path(spec.origin).parent / name)
 
 
@@ -252,9 +256,7 @@ def _start_raylet(cluster: Cluster, index: int, host: Host) -> Node:
     return Node(node_id, _spawn(cluster.reaper, log, host.env, command))
 
 
-def _wait(
-    ready: Callable[[], bool], nodes: Sequence[Node], deadline: float, what: str, temp_dir: Path
-) -> None:
+def _wait(ready: Callable[[], bool], nodes: Sequence[Node], deadline: float, what: str, temp_dir: Path) -> None:
     """Wait until `ready`; fail if the deadline passes first, or one of the nodes ends."""
     while not ready():
         ended = any(node.process.poll() is not None for node in nodes)
@@ -270,7 +272,10 @@ def _wait(
 def _wait_for_nodes(cluster: Cluster, deadline: float) -> None:
     client, nodes = _gcs_client(cluster.address), cluster.nodes.values()
     wanted = {node.node_id for node in nodes}
-    ready = lambda: wanted <= {i.hex() for i in client.get_all_node_info(timeout=5)}
+
+    def ready() -> bool:
+        return wanted <= {i.hex() for i in client.get_all_node_info(timeout=5)}
+
     what = f"{len(wanted)} nodes to register with the GCS"
     _wait(ready, [cluster.gcs, *nodes], deadline, what, cluster.temp_dir)
 

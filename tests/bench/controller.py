@@ -71,7 +71,9 @@ def main() -> None:
             ratios.append(without_s[-1] / with_s[-1])
             print(f"bare {without_s[-1] * 1e3:.1f} ms, controller {with_s[-1] * 1e3:.1f} ms, ratio {ratios[-1]:.3f}")
     bare_ms, with_ms = statistics.median(without_s) * 1e3, statistics.median(with_s) * 1e3
-    print(f"median of {pairs} interleaved pairs, {steps} steps each: bare {bare_ms:.1f} ms, controller {with_ms:.1f} ms")
+    print(
+        f"median of {pairs} interleaved pairs, {steps} steps each: bare {bare_ms:.1f} ms, controller {with_ms:.1f} ms"
+    )
     print(f"steps/s through the controller over bare: {statistics.median(ratios):.3f}")
 
 
