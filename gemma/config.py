@@ -113,10 +113,12 @@ class Optim:
     clip_norm: float | None
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, f"optim.lr={self.lr}: must be above 0")
+        for key in ("lr", "eps"):
+            require(0 < getattr(self, key) < math.inf, f"optim.{key}={getattr(self, key)}: must be above 0, and finite")
         require_at_least("optim", {"warmup_steps": self.warmup_steps, "weight_decay": self.weight_decay}, 0)
-        for key in ("beta1", "beta2", "final_lr_ratio"):
-            require(0 <= getattr(self, key) <= 1, f"optim.{key}={getattr(self, key)}: must lie in 0..1")
+        for key in ("beta1", "beta2"):
+            require(0 <= getattr(self, key) < 1, f"optim.{key}={getattr(self, key)}: must be at least 0 and below 1")
+        require(0 <= self.final_lr_ratio <= 1, f"optim.final_lr_ratio={self.final_lr_ratio}: must lie in 0..1")
         require(
             self.clip_norm is None or self.clip_norm > 0,
             f"optim.clip_norm={self.clip_norm}: must be above 0, or null for no clipping",
@@ -233,8 +235,3 @@ def check(program: Program) -> None:
     )
     if data.tokenizer == "byte":
         require(model.vocab >= 260, f"model.vocab={model.vocab}: the byte tokenizer needs at least 260")
-    warmup = program.optim.warmup_steps
-    require(
-        warmup <= train.steps,
-        f"optim.warmup_steps={warmup}: must be at most train.steps={train.steps}",
-    )

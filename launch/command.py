@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,22 @@ def main(name: str, work: Callable[[], int]) -> None:
     except MISTAKES as error:
         tell(name, error)
         code = 1
+    except ValueError as error:
+        if not raised_by_hydra(error):
+            raise
+        tell(name, error)
+        code = 1
     except SystemExit as left:  # argparse leaves with 2 for a mistake, which here means that a run gave up
         code = 1 if left.code else 0
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
+
+
+def raised_by_hydra(error: Exception) -> bool:
+    """Some mistakes it tells by a plain ValueError: data=null, --cfg together with -m."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and f"{os.sep}hydra{os.sep}" in frames[-1].filename
 
 
 def process_started() -> float:
@@ -73,11 +85,21 @@ def one_line(error: Exception) -> str:
     return " ".join(text.split())
 
 
-def check_flags(arguments: list[str]) -> list[str]:
-    """Hydra's own flags, the sweep's first: argparse takes no override after one. Raises ConfigError for others."""
+def checked(arguments: list[str]) -> list[str]:
+    """The arguments, the sweep's flag first: argparse takes no override after one.
+
+    Raises ConfigError for what Hydra would answer over many lines: other flags, a group without a choice.
+    """
     for argument in arguments:
         if argument.startswith("-") and argument.partition("=")[0] not in HYDRA_FLAGS:
             raise ConfigError(f"{argument}: unknown flag; allowed are key=value and {' '.join(HYDRA_FLAGS)}")
+    for group, _, value in (argument.partition("=") for argument in arguments):
+        if value in ("", "null") and Path(CONF, group).is_dir():
+            choices = sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
+            raise ConfigError(f"{group}={value}: no such choice; allowed: {', '.join(choices)}")
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        if flag in ("-c", "--cfg") and value not in ("job", "hydra", "all"):
+            raise ConfigError(f"{flag} {value}: allowed are job, hydra and all")
     return sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
 
 

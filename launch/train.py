@@ -1,18 +1,22 @@
 """python -m launch.train key=value ...: trains Gemma 2 from one process."""
 
+import shutil
 import sys
 import time
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from launch.command import CONF, MISTAKES, check_flags, main, process_started, tell
+from launch.command import CONF, MISTAKES, checked, main, process_started, tell
 from orchestrator import config as configs
 from orchestrator import manifest, preflight, rundir
 
 FINISHED, MISTAKE, GAVE_UP, STOPPED = range(4)
 codes: list[int] = []  # one a job; a sweep leaves with the worst
+sweeps: set[Path] = set()
 
 
 @hydra.main(config_path=CONF, config_name="run", version_base="1.3")
@@ -21,6 +25,9 @@ def job(composed: DictConfig) -> None:
     if codes and codes[-1] in (MISTAKE, STOPPED):
         return  # a sweep ends with what ends one of its runs, but for a run that gave up
     commanded = time.monotonic() if codes else process_started()
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN:
+        sweeps.add(Path(hydra_config.sweep.dir).absolute())
     try:
         codes.append(train(composed, commanded))
     except MISTAKES as error:
@@ -44,8 +51,14 @@ def train(composed: DictConfig, commanded: float) -> int:
 
 
 def work() -> int:
-    sys.argv[1:] = check_flags(sys.argv[1:])
+    sys.argv[1:] = checked(sys.argv[1:])
     job()
+    if set(codes) == {MISTAKE}:
+        for folder in sweeps:  # Hydra's own record of the sweep: nothing was started, so nothing is left
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in (folder.parent, folder.parent.parent):
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
     return max(codes, default=FINISHED)
 
 

@@ -28,6 +28,8 @@ class Change:
 
 def kind_of(key: str) -> Kind:
     section = key.split(".")[0]
+    if key == "run.cache":
+        return Kind.SAFE
     if section in ("model", "run"):
         return Kind.FORBIDDEN
     if section in ("mesh", "cluster"):

@@ -36,6 +36,7 @@ class Run:
     def __post_init__(self) -> None:
         ok = self.id is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.id)
         require(bool(ok), f"run.id={self.id}: letters, digits, '-' and '_', at most 64, none of the last two in front")
+        require(self.id != "latest", "run.id=latest: means the newest run; give another name")
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Timeout:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            require(value > 0, f"timeout.{field.name}={value}: must be above 0")
+            require(0 < value < 1e9, f"timeout.{field.name}={value}: must be above 0 and below 1e9 seconds")
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,9 @@ def from_container(container: Mapping[str, Any]) -> Config:
             raise ConfigError(unknown_key(key))
         as_list = getattr(hints[key], "__origin__", None) is tuple
         # What dacite lets pass: true is an int to Python, and text is a sequence.
-        if isinstance(value, bool) and hints[key] is not bool or as_list and not isinstance(value, list):
+        parts = value if isinstance(value, list) else [value]
+        mistaken = any(isinstance(part, bool) for part in parts) and hints[key] is not bool
+        if mistaken or as_list and not isinstance(value, list):
             raise ConfigError(f"{key}={value}: must be {describe(hints[key])}")
     try:
         config = dacite.from_dict(Config, container, dacite.Config(strict=True, cast=[tuple]))
@@ -169,7 +172,13 @@ def describe(kind: Any) -> str:
         if getattr(kind, "__origin__", None) is tuple:
             return "a list of whole numbers"
         return "one of " + ", ".join(names) if isinstance(parts[0], str) else " or ".join(names)
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}[kind]
+    return {
+        int: "a whole number",
+        float: "a number",
+        str: "text (a number as text: '\"123\"')",
+        bool: "true or false",
+        type(None): "null",
+    }[kind]
 
 
 def typed_keys(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -185,7 +194,7 @@ def flatten(container: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{'train': {'steps': 3}} as {'train.steps': 3}."""
     flat: dict[str, Any] = {}
     for name, value in container.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value

@@ -58,8 +58,8 @@ def run(config: Config, folder: Path, commanded: float) -> Exit:
         code = drive(config, folder, report, interrupt)
     except ConfigError:
         report.screen.close()
-        if not report.newest:
-            shutil.rmtree(folder)
+        if not report.newest and not rundir.committed(folder) and len(rundir.read_manifest(folder).attempts) == 1:
+            shutil.rmtree(folder)  # made by this very command, and nothing was ever done in it
         raise
     except KeyboardInterrupt:
         report.event("stop", at_once=True)
@@ -225,7 +225,7 @@ def understand(folder: Path, evidence: tuple[Evidence, ...], report: Report) -> 
     said = cause.overdue or f"{cause.exception or ''} {cause.message}".strip()
     report.event("failure", outcome=outcome.value, rank=cause.rank, evidence=said[:500], story=str(path))
     report.screen.say(f"{outcome.value}: rank {cause.rank} at step {report.newest}: {said[:200]} ({path})")
-    frame = cause.traceback.strip().splitlines()[-2:] if cause.traceback else []
-    signature = " | ".join([outcome.value, cause.exception or "", *frame])
+    frames = [line.strip() for line in cause.traceback.splitlines() if line.lstrip().startswith("File ")]
+    signature = " | ".join([outcome.value, cause.exception or "", *frames[-1:]])
     committed = rundir.committed(folder)
     return Failure(outcome, signature, report.newest, committed[-1] if committed else None)

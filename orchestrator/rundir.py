@@ -3,9 +3,11 @@
 runs/ID/ manifest.json metrics.jsonl events.jsonl goodput.json checkpoints/ logs/ wandb/ controller.lock
 """
 
+import contextlib
 import fcntl
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from gemma.config import ConfigError
+
+LOCK_TIMEOUT_S = 0.3  # a status command holds the lock for an instant while it looks
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class Manifest:
 
 
 def new_id(model: str) -> str:
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{model.replace('.', '-')}-{secrets.token_hex(2)}"
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", model)[:40]
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{secrets.token_hex(2)}"
 
 
 def create(root: str, run_id: str) -> Path:
@@ -59,22 +64,26 @@ def create(root: str, run_id: str) -> Path:
 
 def find(root: str, run: str) -> Path:
     """The directory of run=ID or run=latest. Raises ConfigError naming what there is."""
+    named = Path(root).expanduser().absolute() / run
+    if run != "latest" and (named / "manifest.json").is_file():
+        read_manifest(named)
+        return named
     known = runs(root)
     if not known:
         raise ConfigError(f"run={run}: no runs in run.root={root}")
     if run == "latest":
         return known[-1]
-    for folder in known:
-        if folder.name == run:
-            return folder
     shown = ", ".join(folder.name for folder in known[-5:])
     raise ConfigError(f"run={run}: no such run in run.root={root}; the newest are {shown} (or latest)")
 
 
 def runs(root: str) -> list[Path]:
     """Every run below root, oldest first by the time in its manifest."""
-    found = [p.parent for p in Path(root).expanduser().absolute().glob("*/manifest.json")]
-    return sorted(found, key=lambda folder: read_manifest(folder).created)
+    created: dict[Path, float] = {}
+    for path in Path(root).expanduser().absolute().glob("*/manifest.json"):
+        with contextlib.suppress(ConfigError):  # one broken run does not hide the others
+            created[path.parent] = read_manifest(path.parent).created
+    return sorted(created, key=lambda folder: created[folder])
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -146,13 +155,18 @@ def committed(folder: Path) -> list[int]:
 def lock(folder: Path) -> IO[str]:
     """Held by the run's controller; the kernel frees it when that dies. Raises ConfigError where another holds it."""
     file = open(folder / "controller.lock", "a+")  # noqa: SIM115 - held until the process ends
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip()
-        file.close()
-        raise ConfigError(f"run={folder.name}: is being driven by process {holder}; stop that first") from None
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.seek(0)
+                holder = file.read().strip()
+                file.close()
+                raise ConfigError(f"run={folder.name}: is being driven by process {holder}; stop that first") from None
+            time.sleep(0.02)
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

@@ -4,6 +4,7 @@ Steps lie on the axis `step`, not on wandb's own counter, which drops whatever g
 steps done again are the same to the bit, so what wandb has already is not sent twice.
 """
 
+import contextlib
 import os
 import queue
 import threading
@@ -15,6 +16,7 @@ from orchestrator import rundir, wandb_spool
 from orchestrator.config import Config
 
 FINISH_TIMEOUT_S = 30.0
+ONCE_A_STEP = ("loss", "eval/loss")  # what tells a row of a kind that is written once for each step
 QUEUE_ROWS = 100_000  # what a hanging wandb may pile up before rows are dropped
 
 
@@ -23,7 +25,7 @@ def mode(config: Config) -> str:
     if config.wandb.mode != "auto":
         return config.wandb.mode
     if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
+        return {"dryrun": "offline", "run": "online"}.get(os.environ["WANDB_MODE"], os.environ["WANDB_MODE"])
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     known = netrc.is_file() and "wandb" in netrc.read_text(errors="replace")
     return "online" if os.environ.get("WANDB_API_KEY") or known else "offline"
@@ -55,21 +57,28 @@ class WandbLog:
             run, known = self.start()
             # A controller that died may have written steps that never reached wandb.
             for step, written in sorted(rundir.metrics(self.folder).items()):
-                if step not in known:
+                if step not in known["loss"]:
                     run.log(written)
-                    known.add(step)
+                    known["loss"].add(step)
             while (row := self.rows.get()) is not None:
-                if "loss" in row:
-                    if row["step"] in known:
+                once = next((name for name in ONCE_A_STEP if name in row), None)
+                if once is not None:
+                    if row["step"] in known[once]:
                         continue
-                    known.add(row["step"])
+                    known[once].add(row["step"])
                 run.log(row)
             run.finish()
+            import wandb
+
+            wandb.teardown()  # `finish` returns a moment before the last records are in the file; this waits
         except BaseException as error:  # wandb raises even SystemExit; training does not care
             self.give_up(f"{type(error).__name__}: {error}")
 
-    def start(self) -> tuple[Any, set[int]]:
-        known = wandb_spool.steps(self.folder) if self.mode == "offline" else set()
+    def start(self) -> tuple[Any, dict[str, set[int]]]:
+        """The wandb run, and the steps it holds already, by the name of what is logged once a step."""
+        known: dict[str, set[int]] = {name: set() for name in ONCE_A_STEP}
+        if self.mode == "offline":
+            known = {name: wandb_spool.steps(self.folder, name) for name in ONCE_A_STEP}
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
@@ -90,7 +99,7 @@ class WandbLog:
         run.define_metric("*", step_metric="step")
         if self.mode == "online" and run.resumed:
             last = run.summary.get("step")
-            known = set(range(int(last) + 1)) if last is not None else set()
+            known = {name: set(range(int(last or 0) + 1)) for name in ONCE_A_STEP}
         return run, known
 
     def give_up(self, why: str) -> None:
@@ -102,7 +111,8 @@ class WandbLog:
         if self.thread is None:
             return
         if not self.broken:
-            self.rows.put(None)
+            with contextlib.suppress(queue.Full):  # then it hangs, and the wait below ends it
+                self.rows.put(None, timeout=1.0)
         self.thread.join(FINISH_TIMEOUT_S)
         if self.thread.is_alive():
             self.give_up(f"it did not finish within {FINISH_TIMEOUT_S:.0f} s")

@@ -44,6 +44,6 @@ def history(folder: Path) -> Iterator[dict[str, Any]]:
                 yield {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
 
 
-def steps(folder: Path) -> set[int]:
-    """The training steps held by the offline runs in a run directory."""
-    return {int(row["step"]) for row in history(folder) if "loss" in row}
+def steps(folder: Path, name: str = "loss") -> set[int]:
+    """The steps at which the offline runs in a run directory hold a value of this name."""
+    return {int(row["step"]) for row in history(folder) if name in row}

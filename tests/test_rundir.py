@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,34 @@ def fabricate(root: Path, run_id: str, *overrides: str, done: int = 0, created: 
     if done:
         (folder / "checkpoints" / str(done)).mkdir(parents=True)
     return folder
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """A controller takes SIGINT and SIGTERM for itself; here they are given back."""
+    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(("done", "kept"), [(200, True), (0, False)])
+def test_a_mistake_seen_on_a_host_takes_a_fresh_run_away_but_never_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int, kept: bool
+) -> None:
+    from orchestrator import run
+
+    def drive(*_: object) -> None:
+        raise ConfigError("data.path: the hosts do not see the same text")
+
+    monkeypatch.setattr(run, "drive", drive)
+    folder = fabricate(tmp_path, "some", "wandb.mode=disabled", done=done)
+    config = with_id(config_of("wandb.mode=disabled"), "some", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^data.path: "):
+        run.run(config, folder, time.monotonic())
+    assert folder.exists() is kept
+    assert rundir.committed(folder) == [done] * kept
 
 
 @pytest.mark.parametrize("torn", ['{"step": 3, "lo', "{", '{"step": 3, "loss": 1.0}'])

@@ -4,14 +4,14 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import wandb
 
-from orchestrator import wandb_log, wandb_spool
+from orchestrator import rundir, wandb_log, wandb_spool
 from orchestrator.config import Config, with_id
 from orchestrator.wandb_log import WandbLog
 from tests.test_config import config_of
@@ -24,7 +24,7 @@ def config(mode: str = "offline") -> Config:
     return with_id(config_of(f"wandb.mode={mode}"), "some", "runs")
 
 
-def session(folder: Path, steps: range) -> list[str]:
+def session(folder: Path, steps: Iterable[int]) -> list[str]:
     """One controller's life with wandb; returns what it warned of."""
     warned: list[str] = []
     log = WandbLog(config(), folder, warned.append)
@@ -59,6 +59,23 @@ def test_every_row_is_read_also_across_block_boundaries(spool: Path) -> None:
     assert all(row["loss"] == row["step"] and row["filler_11"] == 1.0 / (row["step"] + 12) for row in rows)
 
 
+@pytest.mark.parametrize("room", range(9))
+def test_a_record_that_ends_just_before_a_block_does_is_followed_by_the_next(tmp_path: Path, room: int) -> None:
+    def piece(kind: int, data: bytes) -> bytes:
+        return bytes(4) + len(data).to_bytes(2, "little") + bytes([kind]) + data
+
+    header = wandb_spool.RECORD_HEADER_BYTES
+    first, second = b"a" * (BLOCK - wandb_spool.HEADER_BYTES - header - room), b"b" * 100
+    written = bytes(wandb_spool.HEADER_BYTES) + piece(wandb_spool.FULL, first)
+    if room < header:  # no place for a header: padding
+        written += bytes(room) + piece(wandb_spool.FULL, second)
+    else:
+        here = room - header
+        written += piece(wandb_spool.FIRST, second[:here]) + piece(wandb_spool.LAST, second[here:])
+    (tmp_path / "some.wandb").write_bytes(written)
+    assert list(wandb_spool.records(tmp_path / "some.wandb")) == [first, second]
+
+
 @pytest.mark.parametrize("cut", [1, 5, 1000, 3 * BLOCK, 100_001, 200_000])
 def test_a_torn_end_costs_only_the_rows_behind_it(copied: Path, cut: int) -> None:
     path = record(copied)
@@ -76,6 +93,19 @@ def test_steps_done_again_after_a_kill_stand_once_in_wandb_s_record(copied: Path
     assert session(copied, range(301, ROWS + 21)) == []
     found = [row["step"] for row in wandb_spool.history(copied) if "loss" in row]
     assert found == list(range(1, ROWS + 21))
+
+
+def test_steps_done_again_in_one_controller_s_life_stand_once_in_wandb_s_record(tmp_path: Path) -> None:
+    assert session(tmp_path, [*range(1, 11), *range(6, 16)]) == []
+    assert [row["step"] for row in wandb_spool.history(tmp_path)] == list(range(1, 16))
+
+
+def test_steps_that_only_metrics_jsonl_holds_reach_wandb_with_the_next_session(tmp_path: Path) -> None:
+    file = rundir.Appender(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3, 2, 3, 4):
+        file.write({"step": step, "loss": float(step)})
+    assert session(tmp_path, range(3, 7)) == []
+    assert [row["step"] for row in wandb_spool.history(tmp_path)] == list(range(1, 7))
 
 
 def test_the_step_is_an_axis_of_its_own(spool: Path) -> None:
