@@ -1,10 +1,13 @@
 """Eight CPU devices in one process, and a program small enough to compile in a second."""
 
 import os
+from pathlib import Path
 
 import pytest
 
+from gemma import tokens
 from gemma.config import Checkpoint, Data, Eval, Mesh, Model, Optim, Profile, Program, Train
+from tests.small_text import TEXTS, VOCAB, config, write_jsonl
 
 # Before anything imports jax. The hosts of a simulated slice set their own. Unoptimised code compiles twice as fast.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -51,3 +54,9 @@ def program() -> Program:
         checkpoint=Checkpoint(every=0, every_minutes=0.0, keep_last=1, keep_every=0),
         profile=Profile(steps=()),
     )
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> tokens.Tokens:
+    """Each of 200 documents twice, the copies far apart."""
+    return tokens.open_tokens(config(write_jsonl(tmp_path / "a.jsonl", TEXTS + TEXTS)), tmp_path / "cache", VOCAB)

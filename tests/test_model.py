@@ -145,12 +145,12 @@ def test_a_block_sees_itself_its_window_and_its_document(local: bool) -> None:
 
 def test_query_head_n_reads_kv_head_n_over_group() -> None:
     rng = np.random.default_rng(3)
-    q, k, v = (jnp.asarray(rng.normal(size=(1, 6, heads, 4)), jnp.float32) for heads in (6, 2, 2))
+    qkv = [jnp.asarray(rng.normal(size=(1, 6, heads, 4)), jnp.float32) for heads in (6, 2, 2)]
     segment_BT = jnp.zeros((1, 6), jnp.int32)
-    out_N = jax.jit(lambda kv: attend(q, *kv, segment_BT, window=None, cap=50.0)[0, :, :, 0].sum(axis=0))
-    for of in jax.jit(jax.jacrev(out_N))((k, v)):
-        read = np.abs(of).sum(axis=(1, 2, 4)) != 0  # query head, kv head
-        np.testing.assert_array_equal(read, np.arange(6)[:, None] // 3 == np.arange(2))
+    out_N = jax.jit(lambda q, k, v: attend(q, k, v, segment_BT, window=None, cap=50.0)[0, :, :, 0].sum(axis=0))
+    own, read = np.eye(6, dtype=bool), np.arange(6)[:, None] // 3 == np.arange(2)
+    for of, want in zip(jax.jit(jax.jacrev(out_N, argnums=(0, 1, 2)))(*qkv), (own, read, read), strict=True):
+        np.testing.assert_array_equal(np.abs(of).sum(axis=(1, 2, 4)) != 0, want)
 
 
 def test_a_token_changes_no_logits_before_it() -> None:
