@@ -5,6 +5,8 @@ Every refusal is a `ConfigError` whose text is one line: the key, what came, wha
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,6 +19,17 @@ def require(ok: bool, message: str) -> None:
     """Raises ConfigError(message) unless ok."""
     if not ok:
         raise ConfigError(message)
+
+
+@contextmanager
+def naming(setting: str) -> Iterator[None]:
+    """What the system says of a path that the user gave becomes a ConfigError that begins with `setting`."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{setting}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def require_at_least(section: str, values: dict[str, int | float], least: int | float) -> None:
@@ -73,7 +86,7 @@ class Data:
             f"data.eval_fraction={self.eval_fraction}: must lie between 0 and 0.5",
         )
         if self.source == "text":
-            require(self.path is not None, "data.path: missing; data=text needs a file or directory, data.path=PATH")
+            require(bool(self.path), "data.path: missing; data=text needs a file or directory, data.path=PATH")
         else:
             require(self.path is None, f"data.path={self.path}: only data=text takes a path")
 
@@ -138,7 +151,8 @@ class Train:
     def __post_init__(self) -> None:
         sizes = ("steps", "batch", "accumulation", "loss_chunk")
         require_at_least("train", {key: getattr(self, key) for key in sizes}, 1)
-        require_at_least("train", {"seed": self.seed}, 0)
+        require(0 <= self.seed < 2**32, f"train.seed={self.seed}: must be at least 0 and below 2**32")
+        require(self.steps < 2**31, f"train.steps={self.steps}: must be below 2**31")
         require(
             self.batch % self.accumulation == 0,
             f"train.accumulation={self.accumulation}: must divide train.batch={self.batch}",
@@ -221,7 +235,7 @@ def check(program: Program) -> None:
         ("tensor", model.vocab, "model.vocab"),
     ):
         ways = getattr(mesh, key)
-        allowed = [n for n in range(1, size + 1) if size % n == 0 and n <= 8192]
+        allowed = [n for n in range(1, min(size, 8192) + 1) if size % n == 0]
         require(ways in allowed, f"mesh.{key}={ways}: must divide {name}={size}; allowed: {allowed}")
     rows = mesh.batch_shards * train.accumulation
     require(
@@ -233,5 +247,10 @@ def check(program: Program) -> None:
         data.sequence <= model.context,
         f"data.sequence={data.sequence}: {model.name} was made for at most {model.context} (model.context)",
     )
+    if program.profile.steps:
+        first = program.profile.steps[0]
+        require(
+            first < train.steps, f"profile.steps={list(program.profile.steps)}: begins after train.steps={train.steps}"
+        )
     if data.tokenizer == "byte":
         require(model.vocab >= 260, f"model.vocab={model.vocab}: the byte tokenizer needs at least 260")

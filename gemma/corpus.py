@@ -5,14 +5,15 @@ import gzip
 import json
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from gemma.config import ConfigError, Data
+from gemma.config import ConfigError, Data, naming
 
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")  # each also with .gz
-SMALL_BYTES = 1 << 20  # read whole when checking
+SMALL_BYTES = 1 << 20  # what a check reads at most
 SKIPPED_DIRS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "node_modules"}
 
 
@@ -24,6 +25,12 @@ def files(data: Data) -> list[Path]:
         if not found:
             raise ConfigError(f"data=stdlib: no Python source below {root}; use data=text data.path=PATH")
         return found
+    with naming(f"data.path={data.path}"):
+        return named_files(data)
+
+
+def named_files(data: Data) -> list[Path]:
+    """Of a file, a directory or a glob."""
     named = Path(str(data.path)).expanduser()
     if named.is_file():
         return [named]
@@ -44,16 +51,19 @@ def walk(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
     for folder, dirs, names in os.walk(root):
         dirs[:] = [d for d in dirs if d not in SKIPPED_DIRS and not d.startswith(".")]
         found += [Path(folder, name) for name in names if name.endswith(suffixes)]
-    return sorted(found)
+    return sorted(path for path in found if path.is_file())  # no dangling links, no pipes
 
 
-def documents(path: Path, text_key: str) -> Iterator[str]:
-    """The non-empty texts of one file: a jsonl line each, else the whole file. Raises ConfigError on broken ones."""
+def documents(path: Path, text_key: str, most_chars: int = -1) -> Iterator[str]:
+    """The non-empty texts of one file: a jsonl line each, else the whole file. Raises ConfigError on broken ones.
+
+    most_chars: what to read at most of a file that is one text; -1 is all.
+    """
     try:
         with open_text(path) as file:
-            texts = jsonl(file, path, text_key) if ".jsonl" in path.suffixes else iter([file.read()])
+            texts = jsonl(file, path, text_key) if ".jsonl" in path.suffixes else iter([file.read(most_chars)])
             yield from (text for text in texts if text.strip())
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"data.path: cannot read {path} ({error})") from error
 
 
@@ -69,7 +79,7 @@ def jsonl(file: IO[str], path: Path, text_key: str) -> Iterator[str]:
             continue
         try:
             text = json.loads(line)[text_key]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"data.path: {path}:{number} is not JSON ({error})") from error
         except (KeyError, TypeError) as error:
             raise ConfigError(f"data.text_key={text_key}: {path}:{number} has no such field") from error
@@ -86,7 +96,7 @@ def check(data: Data, rows: int) -> None:
     found = files(data)
     small = sum(path.stat().st_size for path in found) < SMALL_BYTES
     text_bytes = documents_seen = 0
-    for text in (text for path in found for text in documents(path, data.text_key)):
+    for text in (text for path in found for text in documents(path, data.text_key, SMALL_BYTES)):
         if not small:
             return
         text_bytes += len(text.encode("utf-8", "surrogatepass"))

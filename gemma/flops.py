@@ -8,6 +8,13 @@ from gemma.config import Model
 PEAK_FLOPS_V5P = 459e12  # bf16, a chip; the MFU of a simulated slice is told against it too
 
 
+def parameters(model: Model) -> tuple[int, int]:
+    """Parameters of the embedding, and all others. Table 2 of the report counts them the same way."""
+    D, H, F = model.width, model.head_size, model.hidden
+    block = 2 * D * H * (model.heads + model.kv_heads) + 3 * D * F + 4 * D
+    return model.vocab * D, model.layers * block + D
+
+
 def keys_seen(sequence: int, window: int | None) -> int:
     """Sum over queries of the keys each may see: T(T+1)/2 where there is no window, else the band below it."""
     w = sequence if window is None else min(window, sequence)

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from gemma.config import ConfigError
+from gemma.config import ConfigError, naming
 
 PAD, EOS, BOS, UNK = 0, 1, 2, 3
 BYTE_OFFSET = 4  # byte b is token b + 4
@@ -52,7 +52,9 @@ def load(name: str) -> Tokenizer:
     if name == "byte":
         return ByteTokenizer()
     path = Path(name).expanduser()
-    if not path.is_file():
+    with naming(f"data.tokenizer={name}"):
+        found = path.is_file()
+    if not found:
         raise ConfigError(f'data.tokenizer={name}: no such file; allowed: "byte" or the path of a SentencePiece model')
     try:
         return SentencePiece(path)

@@ -112,12 +112,13 @@ def build(data: Data, files: list[Path], coder: tokenizer.Tokenizer, folder: Pat
 
 def write_splits(data: Data, files: list[Path], coder: tokenizer.Tokenizer, out: Path) -> Meta:
     dtype = np.dtype(np.uint16 if coder.vocab <= 2**16 else np.uint32)
+    bos, eos = np.array([tokenizer.BOS], dtype), np.array([tokenizer.EOS], dtype)
     documents = text_bytes = 0
     with open(out / "train.bin", "wb") as train, open(out / "eval.bin", "wb") as held_out:
         for texts in grouped(text for path in files for text in corpus.documents(path, data.text_key)):
             for text, ids in zip(texts, coder.encode(texts), strict=True):
                 raw = text.encode("utf-8", "surrogatepass")
-                row = np.concatenate([[tokenizer.BOS], ids, [tokenizer.EOS]]).astype(dtype)
+                row = np.concatenate([bos, ids, eos], dtype=dtype, casting="unsafe")  # a document may be gigabytes
                 (held_out if is_held_out(raw, data.eval_fraction) else train).write(row.tobytes())
                 documents, text_bytes = documents + 1, text_bytes + len(raw)
     if not documents:

@@ -92,7 +92,7 @@ class Trainer:
             if len(flight) > 1:
                 rows.append(self.take(*flight.pop(0)))
         rows += [self.take(*entry) for entry in flight]
-        self.profile(last)
+        self.profile_ends(last)
         return rows
 
     def take(self, step: int, metrics: dict[str, jax.Array]) -> Row:
@@ -102,14 +102,16 @@ class Trainer:
         return row
 
     def profile(self, step: int) -> None:
-        """Opens the profiler's trace before its first step and closes it after its last; host 0 only."""
+        """Opens the profiler's trace before its first step, closes it before the first that is not its; host 0 only."""
+        self.profile_ends(step)
         bounds = self.program.profile.steps
-        if not bounds or jax.process_index() != 0:
-            return
-        if not self.tracing and bounds[0] <= step < bounds[1]:
+        if bounds and not self.tracing and bounds[0] <= step < bounds[1] and jax.process_index() == 0:
             jax.profiler.start_trace(str(self.folder / "profile"))
             self.tracing = True
-        elif self.tracing and step >= bounds[1]:
+
+    def profile_ends(self, step: int) -> None:
+        """Closes the trace once `step` steps are done and that is all it was to hold."""
+        if self.tracing and step >= min(self.program.profile.steps[1], self.program.train.steps):
             jax.block_until_ready(self.state)
             jax.profiler.stop_trace()
             self.tracing = False
@@ -139,4 +141,7 @@ class Trainer:
 
     def wait(self) -> None:
         """Returns once nothing is being written any more."""
+        if self.tracing:  # stopped amid the steps to be traced
+            jax.profiler.stop_trace()
+            self.tracing = False
         self.manager.wait_until_finished()

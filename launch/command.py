@@ -18,8 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gemma.config import ConfigError
 from orchestrator.config import unknown_key
+from orchestrator.exit import Exit
 
-CONF = str(Path(__file__).parents[1] / "conf")
+TOP = str(Path(__file__).parents[1])
+CONF = str(Path(TOP, "conf"))
 
 
 HYDRA_FLAGS = (
@@ -27,6 +29,7 @@ HYDRA_FLAGS = (
     *("-m", "--multirun", "-sc", "--shell-completion", "-cp", "--config-path", "-cn", "--config-name"),
     *("-cd", "--config-dir", "--experimental-rerun", "-i", "--info"),
 )
+FLAGS_WITH_VALUE = ("--cfg", "--package", "--config-path", "--config-name", "--config-dir", "--experimental-rerun")
 MISTAKES = (ConfigError, HydraException, OmegaConfBaseException)
 
 
@@ -43,11 +46,13 @@ def main(name: str, work: Callable[[], int]) -> None:
     except MISTAKES as error:
         tell(name, error)
         code = 1
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if not raised_by_hydra(error):
             raise
         tell(name, error)
         code = 1
+    except KeyboardInterrupt:  # before a run, or between two
+        code = Exit.STOPPED
     except SystemExit as left:  # argparse leaves with 2 for a mistake, which here means that a run gave up
         code = 1 if left.code else 0
     sys.stdout.flush()
@@ -56,9 +61,10 @@ def main(name: str, work: Callable[[], int]) -> None:
 
 
 def raised_by_hydra(error: Exception) -> bool:
-    """Some mistakes it tells by a plain ValueError: data=null, --cfg together with -m."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and f"{os.sep}hydra{os.sep}" in frames[-1].filename
+    """Some mistakes it tells by plain errors: data=null, --cfg together with -m, a hydra.run.dir that cannot be."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    ours = tuple(str(Path(TOP, folder)) for folder in ("orchestrator", "gemma"))
+    return any(f"{os.sep}hydra{os.sep}" in file for file in files) and not any(file.startswith(ours) for file in files)
 
 
 def process_started() -> float:
@@ -91,7 +97,8 @@ def checked(arguments: list[str]) -> list[str]:
     Raises ConfigError for what Hydra would answer over many lines: other flags, a group without a choice.
     """
     for argument in arguments:
-        if argument.startswith("-") and argument.partition("=")[0] not in HYDRA_FLAGS:
+        flag, equals, _ = argument.partition("=")
+        if argument.startswith("-") and (flag not in HYDRA_FLAGS or equals and flag not in FLAGS_WITH_VALUE):
             raise ConfigError(f"{argument}: unknown flag; allowed are key=value and {' '.join(HYDRA_FLAGS)}")
     for group, _, value in (argument.partition("=") for argument in arguments):
         if value in ("", "null") and Path(CONF, group).is_dir():
@@ -124,19 +131,21 @@ def apply(container: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """A resolved config with overrides in Hydra's grammar laid over it; group=name takes that file of conf/."""
     config = OmegaConf.create(container)
     for override in OverridesParser.create().parse_overrides(overrides):
-        key, value = override.key_or_group, override.value()
-        text = f"{key}={override.value_str if hasattr(override, 'value_str') else value}"
+        key, line = override.key_or_group, str(override.input_line)
         if override.is_sweep_override() or override.is_delete() or override.is_add():
-            raise ConfigError(f"{override.input_line}: a resumed run takes key=value only")
-        if "." not in key and OmegaConf.is_dict(OmegaConf.select(config, key)):
-            with initialize_config_dir(CONF, version_base="1.3"):
-                section = compose("run", [override.input_line or text])[key]
-            GlobalHydra.instance().clear()
-            OmegaConf.update(config, key, OmegaConf.to_container(section, resolve=True), merge=False)
-        elif OmegaConf.select(config, key, default=Ellipsis) is Ellipsis:
+            raise ConfigError(f"{line}: a resumed run takes key=value only")
+        if OmegaConf.select(config, key, default=Ellipsis) is Ellipsis:
             raise ConfigError(unknown_key(key))
+        if OmegaConf.is_dict(OmegaConf.select(config, key)):
+            if not Path(CONF, key).is_dir() or not isinstance(override.value(), str):
+                raise ConfigError(f"{line}: {key} is a section; allowed is {key}.NAME=value")
+            with initialize_config_dir(CONF, version_base="1.3"):
+                section = compose("run", [line])[key]
+            GlobalHydra.instance().clear()
+            # Unresolved: what the file takes from elsewhere (mesh=multislice) it takes from this run.
+            OmegaConf.update(config, key, OmegaConf.to_container(section, resolve=False), merge=False)
         else:
-            OmegaConf.update(config, key, value, merge=False)
+            OmegaConf.update(config, key, override.value(), merge=False)
     found = OmegaConf.to_container(config, resolve=True)
     assert isinstance(found, dict)
     return {str(name): section for name, section in found.items()}

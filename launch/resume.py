@@ -7,6 +7,7 @@ from gemma.config import ConfigError
 from launch.command import apply, arguments, main, process_started
 from orchestrator import change, preflight, rundir
 from orchestrator import config as configs
+from orchestrator.interrupt import Interrupt
 
 USAGE = """Go on with a run from its newest checkpoint.
 
@@ -41,19 +42,23 @@ def work() -> int:
             f" allowed: more than {done}, as in train.steps={2 * done}"
         )
     preflight.check(config)
-    rundir.lock(folder).close()  # refused here, before anything is written, where another process drives the run
+    lock = rundir.lock(folder)  # refused here, before anything is written, where another process drives the run
     for item in found:
         print(f"resume: {item}")
     print(f"resume: run {folder.name} from step {done} to {config.train.steps}", flush=True)
     attempt = rundir.Attempt("resume", overrides, time.time())
     mesh = asdict(config.program.mesh)
-    rundir.write_manifest(
-        folder, replace(manifest, config=asdict(config), attempts=[*manifest.attempts, attempt], mesh=mesh)
-    )
+    resumed = replace(manifest, config=asdict(config), attempts=[*manifest.attempts, attempt], mesh=mesh)
+    with Interrupt() as interrupt:
+        rundir.write_manifest(folder, resumed)
 
-    from orchestrator.run import run  # Ray: not before the input is known to be good
+        from orchestrator.run import run  # Ray: not before the input is known to be good
 
-    return run(config, folder, process_started())
+        try:
+            return run(config, folder, lock, interrupt, process_started())
+        except ConfigError:
+            rundir.write_manifest(folder, manifest)  # what a host refused is not what the run is
+            raise
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def state(folder: Path) -> str:
     """running, finished, stopped, gave up; or died, where a controller ended without a word."""
     if rundir.is_locked(folder):
         return "running"
-    ends = {"finish": "finished", "stop": "stopped", "give_up": "gave up"}
+    ends = {"finish": "finished", "stop": "stopped", "give_up": "gave up", "refuse": "refused"}
     last = (rundir.events(folder) or [{"event": ""}])[-1]
     if last.get("decision") == "GiveUp":
         return "gave up"

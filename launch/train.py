@@ -13,16 +13,17 @@ from omegaconf import DictConfig, OmegaConf
 from launch.command import CONF, MISTAKES, checked, main, process_started, tell
 from orchestrator import config as configs
 from orchestrator import manifest, preflight, rundir
+from orchestrator.exit import Exit
+from orchestrator.interrupt import Interrupt
 
-FINISHED, MISTAKE, GAVE_UP, STOPPED = range(4)
-codes: list[int] = []  # one a job; a sweep leaves with the worst
+codes: list[Exit] = []  # one a job; a sweep leaves with the worst
 sweeps: set[Path] = set()
 
 
 @hydra.main(config_path=CONF, config_name="run", version_base="1.3")
 def job(composed: DictConfig) -> None:
     """One run. Raises no mistake of the user's through Hydra, which would add lines of its own."""
-    if codes and codes[-1] in (MISTAKE, STOPPED):
+    if codes and codes[-1] in (Exit.MISTAKE, Exit.STOPPED):
         return  # a sweep ends with what ends one of its runs, but for a run that gave up
     commanded = time.monotonic() if codes else process_started()
     hydra_config = HydraConfig.get()
@@ -32,34 +33,36 @@ def job(composed: DictConfig) -> None:
         codes.append(train(composed, commanded))
     except MISTAKES as error:
         tell("train", error)
-        codes.append(MISTAKE)
+        codes.append(Exit.MISTAKE)
 
 
-def train(composed: DictConfig, commanded: float) -> int:
+def train(composed: DictConfig, commanded: float) -> Exit:
     container = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(container, dict)
     config = configs.from_container({str(key): value for key, value in container.items()})
     preflight.check(config)
     run_id = config.run.id or rundir.new_id(config.model.name)
     config = configs.with_id(config, run_id, config.run.root)
-    folder = rundir.create(config.run.root, run_id)
-    rundir.write_manifest(folder, manifest.new(config, list(HydraConfig.get().overrides.task)))
+    with Interrupt() as interrupt:
+        folder = rundir.create(config.run.root, run_id)
+        lock = rundir.lock(folder)
+        rundir.write_manifest(folder, manifest.new(config, list(HydraConfig.get().overrides.task)))
 
-    from orchestrator.run import run  # Ray: not before the input is known to be good
+        from orchestrator.run import run  # Ray: not before the input is known to be good
 
-    return run(config, folder, commanded)
+        return run(config, folder, lock, interrupt, commanded)
 
 
 def work() -> int:
     sys.argv[1:] = checked(sys.argv[1:])
     job()
-    if set(codes) == {MISTAKE}:
+    if set(codes) == {Exit.MISTAKE}:
         for folder in sweeps:  # Hydra's own record of the sweep: nothing was started, so nothing is left
             shutil.rmtree(folder, ignore_errors=True)
             for parent in (folder.parent, folder.parent.parent):
                 if parent.is_dir() and not any(parent.iterdir()):
                     parent.rmdir()
-    return max(codes, default=FINISHED)
+    return max(codes, default=Exit.FINISHED)
 
 
 def command() -> None:

@@ -11,6 +11,7 @@ from gemma.config import ConfigError
 class Kind(Enum):
     SAFE = "safe"
     RESHARDING = "resharding"
+    TRAINING = "changes the training from here on"
     DATA = "changes the data order"
     FORBIDDEN = "forbidden"
 
@@ -36,6 +37,8 @@ def kind_of(key: str) -> Kind:
         return Kind.RESHARDING
     if section == "data" or key in ("train.seed", "train.batch"):
         return Kind.DATA
+    if section == "optim" or key in ("train.dtype", "train.accumulation"):
+        return Kind.TRAINING
     return Kind.SAFE
 
 

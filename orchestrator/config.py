@@ -1,6 +1,7 @@
 """The whole configuration: crossed once, strictly, from Hydra's plain container into frozen dataclasses."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -147,6 +148,8 @@ def from_container(container: Mapping[str, Any]) -> Config:
         mistaken = any(isinstance(part, bool) for part in parts) and hints[key] is not bool
         if mistaken or as_list and not isinstance(value, list):
             raise ConfigError(f"{key}={value}: must be {describe(hints[key])}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key}={value}: must be finite")
     try:
         config = dacite.from_dict(Config, container, dacite.Config(strict=True, cast=[tuple]))
     except dacite.MissingValueError as error:

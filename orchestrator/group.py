@@ -1,7 +1,7 @@
 """The hosts of one attempt as one thing: start them, speak a verb to all, hear what happened, end them."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.config import Config
+from orchestrator.interrupt import StoppedError
 from orchestrator.outcome import Evidence
 from orchestrator.placement import Placement
 from orchestrator.topology import CHIPS_PER_HOST
 from orchestrator.worker import Hello, Host, Raised
 
 POLL_S = 0.2
+MEGASCALE_PORT = 8080
 GRACE_S = 3.0  # after a failure, for the death that explains it to be seen
 
 
@@ -27,6 +29,11 @@ class Group:
     pids: tuple[int, ...] = ()
     coordinator: str = ""
 
+    @property
+    def by_node(self) -> dict[str, int]:
+        """The process on each node."""
+        return {spot.node_id: pid for spot, pid in zip(self.placement.spots, self.pids, strict=False)}
+
 
 @dataclass(frozen=True)
 class Call:
@@ -34,7 +41,7 @@ class Call:
 
     what: str
     refs: tuple[Any, ...]
-    deadline: float  # time.monotonic()
+    timeout_s: float  # from when it is waited for: hosts take up calls in order, and they are collected in order
     placement: Placement
 
 
@@ -48,14 +55,10 @@ class HostsFailedError(Exception):
         self.evidence = tuple(evidence)
 
 
-class StoppedError(Exception):
-    """The user asked to stop while something was being waited for."""
-
-
-def spawn(config: Config, placement: Placement, folder: Path, attempt: int, predecessors: Sequence[int]) -> Group:
-    """Asks for a process on every host; returns at once."""
+def spawn(config: Config, placement: Placement, folder: Path, attempt: int, predecessors: Mapping[str, int]) -> Group:
+    """Asks for a process on every host; returns at once. predecessors: what ran on a node before, by node id."""
     workers = []
-    for rank in range(len(placement.spots)):
+    for rank, spot in enumerate(placement.spots):
         actor = ray.remote(Host).options(
             num_cpus=1,
             resources={"TPU": CHIPS_PER_HOST},
@@ -63,9 +66,20 @@ def spawn(config: Config, placement: Placement, folder: Path, attempt: int, pred
             scheduling_strategy=PlacementGroupSchedulingStrategy(placement.group, rank),
         )
         log = folder / "logs" / f"attempt-{attempt}-host-{rank}.log"
-        gone = [predecessors[rank]] if predecessors else []
-        workers.append(actor.remote(str(log), {}, gone, config.timeout.stop_s))
+        gone = [predecessors[spot.node_id]] if spot.node_id in predecessors else []
+        env = multislice_env(placement, rank) if config.cluster.num_slices > 1 else {}
+        workers.append(actor.remote(str(log), env, gone, config.timeout.stop_s))
     return Group(tuple(workers), placement)
+
+
+def multislice_env(placement: Placement, rank: int) -> dict[str, str]:
+    """What libtpu must know to reach the other slices over the data-center network."""
+    names = list(dict.fromkeys(spot.slice_name for spot in placement.spots))
+    return {
+        "MEGASCALE_COORDINATOR_ADDRESS": f"{placement.spots[0].ip}:{MEGASCALE_PORT}",
+        "MEGASCALE_NUM_SLICES": str(len(names)),
+        "MEGASCALE_SLICE_ID": str(names.index(placement.spots[rank].slice_name)),
+    }
 
 
 def join(group: Group, config: Config, stop: Callable[[], bool]) -> Group:
@@ -73,38 +87,36 @@ def join(group: Group, config: Config, stop: Callable[[], bool]) -> Group:
     timeout_s = config.timeout.start_s
     spots = group.placement.spots
     refs = [w.hello.remote(spot.ip) for w, spot in zip(group.workers, spots, strict=True)]
-    hellos: list[Hello] = collect(
-        Call("process start", tuple(refs), time.monotonic() + timeout_s, group.placement), stop
-    )
+    hellos: list[Hello] = collect(Call("process start", tuple(refs), timeout_s, group.placement), stop)
     group = replace(group, pids=tuple(h.pid for h in hellos), coordinator=hellos[0].coordinator)
     if len(spots) > 1:
         refs = [w.join.remote(rank, len(spots), group.coordinator, timeout_s) for rank, w in enumerate(group.workers)]
-        collect(Call("distributed init", tuple(refs), time.monotonic() + timeout_s, group.placement), stop)
+        collect(Call("distributed init", tuple(refs), timeout_s, group.placement), stop)
     return group
 
 
 def open_trainers(group: Group, config: Config, folder: Path) -> Call:
-    deadline = time.monotonic() + config.timeout.compile_s
     refs = [w.open.remote(config.program, str(folder), config.run.cache) for w in group.workers]
-    return Call("data and compile", tuple(refs), deadline, group.placement)
+    return Call("data and compile", tuple(refs), config.timeout.compile_s, group.placement)
 
 
 def call(group: Group, timeout_s: float, verb: str, *args: Any) -> Call:
-    """Sends a verb to all hosts; they take it up in order. The deadline counts from now."""
+    """Sends a verb to all hosts; they take it up in order."""
     refs = tuple(worker.call.remote(verb, *args) for worker in group.workers)
-    return Call(verb, refs, time.monotonic() + timeout_s, group.placement)
+    return Call(verb, refs, timeout_s, group.placement)
 
 
 def collect(sent: Call, stop: Callable[[], bool] = lambda: False) -> list[Any]:
     """Every host's answer, in rank order. Raises HostsFailedError, and StoppedError once `stop` says so."""
     waiting = list(sent.refs)
+    deadline = time.monotonic() + sent.timeout_s
     while waiting:
         ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
         if any(not isinstance(answer(ref), Answer) for ref in ready):
             raise HostsFailedError(gather_evidence(sent))
         if waiting and stop():
             raise StoppedError(sent.what)
-        if waiting and time.monotonic() > sent.deadline:
+        if waiting and time.monotonic() > deadline:
             overdue = [Evidence(rank, overdue=sent.what) for rank, ref in enumerate(sent.refs) if ref in waiting]
             raise HostsFailedError(overdue)
     return [answer(ref).value for ref in sent.refs]

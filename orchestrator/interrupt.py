@@ -1,30 +1,54 @@
 """Ctrl-C and SIGTERM: the first asks the run to save and stop, the second ends it at once."""
 
+import contextlib
+import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class StoppedError(Exception):
+    """The user asked to stop while something was being waited for."""
 
 
 class Interrupt:
-    """Installed for the life of a run, in the main thread."""
+    """Signals as a question that the run asks itself. Open from before anything is made until all is put away."""
 
-    def __init__(self, say: Callable[[str], None]):
+    def __init__(self) -> None:
         self.count = 0
-        self.say = say
-        for number in SIGNALS:
+        self.closing = False  # nothing is left to be cut short
+
+    def __enter__(self) -> "Interrupt":
+        # A command under nohup ignores SIGHUP, and goes on doing so.
+        self.before = {s: signal.getsignal(s) for s in SIGNALS if s != signal.SIGHUP or not ignored(s)}
+        for number in self.before:
             signal.signal(number, self.handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def handle(self, number: int, _: FrameType | None) -> None:
         self.count += 1
+        if self.closing:
+            return
         if self.count > 1:
             raise KeyboardInterrupt
-        self.say(f"{signal.Signals(number).name}: finishing the steps in flight, saving, stopping (again: at once)")
+        name = signal.Signals(number).name
+        # Not print: the signal may come amid a write to the same stream.
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{name}: finishing the steps in flight, saving, stopping (again: at once)\n".encode())
 
     def asked(self) -> bool:
         return self.count > 0
+
+
+def ignored(number: signal.Signals) -> bool:
+    return signal.getsignal(number) is signal.SIG_IGN
 
 
 @contextmanager

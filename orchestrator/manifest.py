@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def new(config: Config, overrides: list[str], parent: str | None = None) -> Manifest:
+def new(config: Config, overrides: list[str]) -> Manifest:
     assert config.run.id is not None
     mesh = config.program.mesh
     return Manifest(
@@ -50,5 +50,5 @@ def new(config: Config, overrides: list[str], parent: str | None = None) -> Mani
         versions=versions(),
         mesh={"replica": mesh.replica, "fsdp": mesh.fsdp, "tensor": mesh.tensor},
         wandb_id=config.run.id,
-        parent=parent,
+        parent=None,
     )

@@ -1,17 +1,20 @@
 """Finds whole slices among a Ray cluster's nodes by their labels, and reserves them."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from orchestrator.config import Config
-from orchestrator.topology import CHIPS_PER_HOST
+from orchestrator.interrupt import StoppedError
+from orchestrator.topology import CHIPS_PER_HOST, NAME_LABEL, RANK_LABEL, TYPE_LABEL
 
-NAME, RANK, TYPE = "ray.io/tpu-slice-name", "ray.io/tpu-worker-id", "ray.io/tpu-pod-type"
+POLL_S = 0.05
+PLACE_S = 5.0  # what Ray may take to place hosts on nodes that look free, before others are tried
 
 
 @dataclass(frozen=True)
@@ -37,35 +40,45 @@ def whole_slices(nodes: Sequence[Mapping[str, Any]], slice_type: str, hosts: int
     found: dict[str, dict[int, Spot]] = {}
     for node in nodes:
         labels = node.get("Labels", {})
-        if node["Alive"] and labels.get(TYPE) == slice_type and NAME in labels and RANK in labels:
-            spot = Spot(labels[NAME], int(labels[RANK]), node["NodeID"], node["NodeManagerAddress"])
+        if node["Alive"] and labels.get(TYPE_LABEL) == slice_type and NAME_LABEL in labels and RANK_LABEL in labels:
+            spot = Spot(labels[NAME_LABEL], int(labels[RANK_LABEL]), node["NodeID"], node["NodeManagerAddress"])
             found.setdefault(spot.slice_name, {})[spot.worker_id] = spot
     whole = [found[name] for name in sorted(found) if sorted(found[name]) == list(range(hosts))]
     return [[spots[worker] for worker in range(hosts)] for spots in whole]
 
 
-def reserve(config: Config) -> Placement:
-    """Waits for enough whole slices and takes them. Raises TimeoutError saying what was missing."""
+def free_slices(slices: Sequence[list[Spot]], available: Mapping[str, Mapping[str, float]]) -> list[list[Spot]]:
+    """Those whose every chip is free. available: resources by node id, as Ray tells them. Pure."""
+    return [
+        spots
+        for spots in slices
+        if all(available.get(spot.node_id, {}).get("TPU", 0.0) >= CHIPS_PER_HOST for spot in spots)
+    ]
+
+
+def reserve(config: Config, stop: Callable[[], bool]) -> Placement:
+    """Waits for enough whole, free slices and takes them. Raises StoppedError, or TimeoutError saying what lacked."""
     wanted, hosts = config.cluster.num_slices, config.slice.hosts
     deadline = time.monotonic() + config.timeout.reserve_s
     while True:
-        slices = whole_slices(ray.nodes(), config.cluster.slice, hosts)
-        if len(slices) >= wanted:
-            spots = tuple(spot for chosen in slices[:wanted] for spot in chosen)
+        whole = whole_slices(ray.nodes(), config.cluster.slice, hosts)
+        free = free_slices(whole, available_resources_per_node())
+        if len(free) >= wanted:
+            spots = tuple(spot for chosen in free[:wanted] for spot in chosen)
             bundle = {"TPU": float(CHIPS_PER_HOST), "CPU": 1.0}
-            selectors = [{NAME: spot.slice_name, RANK: str(spot.worker_id)} for spot in spots]
+            selectors = [{NAME_LABEL: spot.slice_name, RANK_LABEL: str(spot.worker_id)} for spot in spots]
             group = placement_group([bundle] * len(spots), "STRICT_SPREAD", bundle_label_selector=selectors)
-            if group.wait(timeout_seconds=max(1.0, deadline - time.monotonic())):
+            if group.wait(timeout_seconds=PLACE_S):
                 return Placement(spots, group)
             remove_placement_group(group)
-            why = f"{len(slices)} whole slices are there, but in use"
-        else:
-            why = f"{len(slices)} of {wanted} whole slices of {hosts} hosts are there"
+        if stop():
+            raise StoppedError("slices")
         if time.monotonic() > deadline:
             raise TimeoutError(
-                f"no {config.cluster.slice} within timeout.reserve_s={config.timeout.reserve_s:.0f}: {why}"
+                f"no {config.cluster.slice} within timeout.reserve_s={config.timeout.reserve_s:.0f}:"
+                f" {wanted} wanted, {len(whole)} whole ones of {hosts} hosts are there, {len(free)} of them free"
             )
-        time.sleep(0.05)
+        time.sleep(POLL_S)
 
 
 def release(placement: Placement) -> None:

@@ -4,19 +4,25 @@ import os
 import socket
 from pathlib import Path
 
-from gemma import corpus, tokenizer
-from gemma.config import ConfigError
+from gemma import corpus, flops, tokenizer
+from gemma.config import ConfigError, naming
 from orchestrator.config import Config
 
 ANSWER_TIMEOUT_S = 2.0
+MOST_SIMULATED_HOSTS = 64
+HOST_BYTES = 300 << 20  # Python, JAX and a Ray node
 
 
 def check(config: Config) -> None:
     """Raises ConfigError. Data and tokenizer are looked at where they are this machine's: elsewhere the hosts look."""
-    check_root(config.run.root)
+    with naming(f"run.root={config.run.root}"):
+        check_directory("run.root", config.run.root)
     if config.cluster.kind == "ray":
         check_address(str(config.cluster.address))
     if config.cluster.kind == "local":
+        check_size(config)
+        with naming(f"run.cache={config.run.cache}"):
+            check_directory("run.cache", config.run.cache)
         corpus.check(config.data, config.train.batch)
         coder = tokenizer.load(config.data.tokenizer)
         if coder.vocab > config.model.vocab:
@@ -26,15 +32,36 @@ def check(config: Config) -> None:
             )
 
 
-def check_root(root: str) -> None:
-    """The directory of runs exists and can be written, or can be made."""
+def check_size(config: Config) -> None:
+    """A slice simulated on this machine must fit in it."""
+    if config.hosts > MOST_SIMULATED_HOSTS:
+        raise ConfigError(
+            f"cluster.slice={config.cluster.slice} cluster.num_slices={config.cluster.num_slices}: {config.hosts} hosts"
+            f" are too many for cluster=local, which simulates them here; allowed are {MOST_SIMULATED_HOSTS}"
+        )
+    # Weights, gradients and the two moments, float32. Replicas each hold all of them.
+    state_bytes = 16 * sum(flops.parameters(config.model)) * config.program.mesh.replica
+    needed_bytes = state_bytes + config.hosts * HOST_BYTES
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed_bytes > memory_bytes:
+        raise ConfigError(
+            f"model={config.model.name}: on cluster=local, {config.hosts} simulated hosts need about"
+            f" {needed_bytes / 1e9:.0f} GB and this machine has {memory_bytes / 1e9:.0f} GB; a smaller model or slice"
+            " fits, or cluster=ray"
+        )
+
+
+def check_directory(key: str, root: str) -> None:
+    """The directory exists and can be written, or can be made."""
+    if not root:
+        raise ConfigError(f"{key}=: empty; give a directory")
     path = Path(root).expanduser().absolute()
     while not path.exists():
         path = path.parent
     if not path.is_dir():
-        raise ConfigError(f"run.root={root}: {path} is a file, not a directory")
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise ConfigError(f"run.root={root}: {path} cannot be written")
+        raise ConfigError(f"{key}={root}: {path} is a file, not a directory")
+    if not os.access(path, os.W_OK | os.X_OK) or path.is_relative_to("/proc"):
+        raise ConfigError(f"{key}={root}: {path} cannot be written")
 
 
 def check_address(address: str) -> None:

@@ -1,5 +1,6 @@
 """What the user sees while a run goes on, and the summary after it."""
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -55,12 +56,14 @@ class Screen:
             self.say(f"step {row['step']}/{self.steps}  {numbers}  {left:.0f} s left")
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
+        with contextlib.suppress(SystemExit, OSError):  # rich's way of saying that nobody reads any more: train on
+            self.console.print(text, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         if self.bar:
             self.bar.stop()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
 
 
 def summary(

@@ -5,14 +5,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gemma.flops import PEAK_FLOPS_V5P
 from gemma.reports import Restored, Row
 from orchestrator import rundir
 from orchestrator.config import Config
 from orchestrator.goodput import Ledger
 from orchestrator.progress import Screen
-from orchestrator.wandb_log import WandbLog
+from orchestrator.wandb_log import WandbLog, eval_row
 
-PEAK_FLOPS_PER_CHIP = 459e12  # v5p, bf16; the MFU of a simulated slice is told against it too
 GOODPUT_EVERY_S = 5.0
 
 
@@ -31,10 +31,15 @@ class Report:
         self.screen = Screen(config.train.steps)
         self.wandb = WandbLog(config, folder, self.screen.say)
         self.newest = max(rundir.metrics(folder), default=0)  # the newest step ever reported
+        self.step = 0  # the newest of this attempt
         self.attempt = max((e.get("attempt", 0) for e in rundir.events(folder)), default=0)
         self.facts: Restored | None = None
         self.goodput_written = 0.0
         self.first_step_s: float | None = None  # from the command to the first step's loss
+
+    def begin_attempt(self) -> None:
+        self.attempt += 1
+        self.step = 0
 
     def phase(self, bucket: str, shown: str) -> float:
         """The controller turns to something else; returns the seconds the last thing took."""
@@ -43,19 +48,22 @@ class Report:
 
     def event(self, name: str, step: int | None = None, duration_s: float | None = None, **evidence: Any) -> None:
         row: dict[str, Any] = {"time": time.time(), "event": name, "attempt": self.attempt}
-        row |= {"step": self.newest if step is None else step}
+        row |= {"step": self.step if step is None else step}
         if duration_s is not None:
             row["duration_s"] = round(duration_s, 4)
         self.events_file.write(row | evidence)
 
     def ready(self, facts: Restored, duration_s: float) -> None:
         """The hosts stand ready: splits the time since they started into what they did."""
-        self.facts = facts
+        self.facts, self.step = facts, facts.step
         for bucket, seconds in facts.seconds.items():
             self.ledger.move("start", bucket, seconds)
         self.event("compile", facts.step, facts.seconds.get("compile"), cached=facts.compile_cached)
         name = "initialise" if facts.fresh else "restore"
-        self.event(name, facts.step, facts.seconds.get("restore"), seconds=facts.seconds, platform=facts.platform)
+        evidence = {"seconds": facts.seconds, "platform": facts.platform, "fingerprint": facts.fingerprint}
+        self.event(name, facts.step, facts.seconds.get("restore"), **evidence)
+        if self.config.cluster.kind != "local" and facts.platform != "tpu":
+            self.screen.say(f"the hosts have no TPU: they compute on {facts.platform}")
         self.wandb.log({"step": facts.step, "attempt": self.attempt, "restarts": self.ledger.restarts})
 
     def rows(self, rows: list[Row]) -> None:
@@ -66,7 +74,7 @@ class Report:
         for row in rows:
             if row.step <= self.newest:
                 self.ledger.move("step", "replay", row.step_s)
-            self.newest = max(self.newest, row.step)
+            self.step, self.newest = row.step, max(self.newest, row.step)
             full = self.full_row(row)
             self.metrics_file.write(full)
             self.wandb.log(full)
@@ -78,7 +86,7 @@ class Report:
         assert self.facts is not None
         config, metrics = self.config, row.metrics
         per_step = config.train.batch * config.data.sequence
-        peak = PEAK_FLOPS_PER_CHIP * config.chips
+        peak = PEAK_FLOPS_V5P * config.chips
         step_s = max(row.step_s, 1e-9)
         return {
             "step": row.step,
@@ -104,7 +112,7 @@ class Report:
         self.ledger.move("step", "eval", duration_s)
         bits = self.bits_per_byte(loss)
         self.event("eval", step, duration_s, loss=loss, bits_per_byte=bits)
-        self.wandb.log({"step": step, "eval/loss": loss, "eval/bits_per_byte": bits})
+        self.wandb.log(eval_row(step, loss, bits))
 
     def saved(self, step: int, duration_s: float) -> None:
         self.ledger.move("step", "save", duration_s)

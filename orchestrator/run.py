@@ -6,16 +6,17 @@ import time
 import traceback
 from collections import deque
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
+from typing import IO
 
 from gemma.config import ConfigError
 from gemma.reports import Restored
 from orchestrator import group as hosts
 from orchestrator import placement, rundir, slices
 from orchestrator.config import Config
-from orchestrator.group import Call, Group, HostsFailedError, StoppedError
-from orchestrator.interrupt import Interrupt
+from orchestrator.exit import HOW, Exit
+from orchestrator.group import Call, Group, HostsFailedError
+from orchestrator.interrupt import Interrupt, StoppedError
 from orchestrator.outcome import Evidence, Outcome, classify
 from orchestrator.policy import Failure, GiveUp, decide
 from orchestrator.progress import summary
@@ -23,18 +24,7 @@ from orchestrator.report import Report
 from orchestrator.window import due, window_end
 
 WINDOWS_IN_FLIGHT = 2
-
-
-class Exit(IntEnum):
-    """What the command leaves with."""
-
-    FINISHED = 0
-    MISTAKE = 1
-    GAVE_UP = 2
-    STOPPED = 3
-
-
-HOW = {Exit.FINISHED: "finished", Exit.GAVE_UP: "gave up", Exit.STOPPED: "stopped, resumable"}
+SLOWDOWN = 5  # a window this many times slower than the last is not taken for a hang
 
 
 @dataclass(frozen=True)
@@ -46,18 +36,19 @@ class Sent:
     call: Call
 
 
-def run(config: Config, folder: Path, commanded: float) -> Exit:
+def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, commanded: float) -> Exit:
     """Works on a run whose directory and manifest exist. Raises ConfigError, and then leaves no fresh run behind.
 
-    commanded: the time.monotonic() at which the user asked, from which the first step is counted.
+    lock: of the directory, let go at the end. commanded: the time.monotonic() at which the user asked, from which
+    the first step is counted.
     """
-    lock = rundir.lock(folder)
     report = Report(config, folder, commanded)
-    interrupt = Interrupt(report.screen.say)
     try:
         code = drive(config, folder, report, interrupt)
-    except ConfigError:
-        report.screen.close()
+    except ConfigError as error:
+        interrupt.closing = True
+        report.event("refuse", reason=str(error))
+        report.close()
         if not report.newest and not rundir.committed(folder) and len(rundir.read_manifest(folder).attempts) == 1:
             shutil.rmtree(folder)  # made by this very command, and nothing was ever done in it
         raise
@@ -70,6 +61,7 @@ def run(config: Config, folder: Path, commanded: float) -> Exit:
         report.event("give_up", story=str(story))
         report.screen.say(f"the controller failed: {traceback.format_exc().splitlines()[-1]} ({story})")
         code = Exit.GAVE_UP
+    interrupt.closing = True
     goodput = report.close()
     root = "" if config.run.root == "runs" else f" run.root={config.run.root}"
     more = f" train.steps={2 * config.train.steps}" if code is Exit.FINISHED else ""
@@ -82,21 +74,24 @@ def run(config: Config, folder: Path, commanded: float) -> Exit:
 def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) -> Exit:
     """Trains until the last step. Raises ConfigError for the user's mistakes that only a host can see."""
     history: list[Failure] = []
-    predecessors: tuple[int, ...] = ()
+    predecessors: dict[str, int] = {}
     report.phase("reserve", "starting the cluster")
     with slices.connect(config):
         while True:
-            report.attempt += 1
+            report.begin_attempt()
             group = None
             try:
                 report.phase("reserve", "reserving slices")
-                spots = placement.reserve(config)
+                spots = placement.reserve(config, interrupt.asked)
                 report.event("reserve", hosts=[spot.ip for spot in spots.spots])
                 report.phase("start", "starting hosts")
                 group = hosts.spawn(config, spots, folder, report.attempt, predecessors)
-                group = start(config, folder, group, report, interrupt)
+                started = time.monotonic()
+                group = hosts.join(group, config, interrupt.asked)
+                report.event("start", duration_s=time.monotonic() - started, pids=list(group.pids))
+                start(config, folder, group, report, interrupt, started)
                 done = train(config, folder, group, report, interrupt)
-                report.event("finish" if done else "stop", report.newest)
+                report.event("finish" if done else "stop")
                 return Exit.FINISHED if done else Exit.STOPPED
             except StoppedError as stopped:
                 report.event("stop", waiting_for=str(stopped))
@@ -111,23 +106,20 @@ def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) ->
                     return Exit.GAVE_UP
                 report.ledger.restarts += 1
                 report.screen.say(f"restarting: {decision.reason}")
-                predecessors = group.pids if group else ()
             except TimeoutError as late:
                 report.event("give_up", reason=str(late))
                 report.screen.say(f"gave up: {late}")
                 return Exit.GAVE_UP
             finally:
                 if group:
+                    predecessors |= group.by_node
                     hosts.stop(group)
                     placement.release(group.placement)
                 report.write_goodput(now=True)
 
 
-def start(config: Config, folder: Path, group: Group, report: Report, interrupt: Interrupt) -> Group:
+def start(config: Config, folder: Path, group: Group, report: Report, interrupt: Interrupt, started: float) -> None:
     """Brings the hosts to the newest committed step, or to the beginning where none was ever committed."""
-    started = time.monotonic()
-    group = hosts.join(group, config, interrupt.asked)
-    report.event("start", duration_s=time.monotonic() - started, pids=list(group.pids))
     report.phase("start", "loading data and compiling")
     hosts.collect(hosts.open_trainers(group, config, folder), interrupt.asked)
     step = newest_checkpoint(folder)
@@ -135,12 +127,21 @@ def start(config: Config, folder: Path, group: Group, report: Report, interrupt:
     restored: list[Restored] = hosts.collect(
         hosts.call(group, config.timeout.restore_s, "restore", step), interrupt.asked
     )
-    prints = {answer.fingerprint for answer in restored}
-    if len(prints) > 1:
-        raise ConfigError("data.path: the hosts do not see the same text; give a path that all of them share")
+    same_text(folder, {answer.fingerprint for answer in restored}, config.resume.allow_data_change)
     report.phase("step", "training")
     report.ready(restored[0], time.monotonic() - started)
-    return group
+
+
+def same_text(folder: Path, prints: set[str], allow_change: bool) -> None:
+    """Refuses hosts that read different tokens, and tokens other than those the run has trained on."""
+    if len(prints) > 1:
+        raise ConfigError("data.path: the hosts do not see the same text; give a path that all of them share")
+    before = [event["fingerprint"] for event in rundir.events(folder) if "fingerprint" in event]
+    if before and {before[-1]} != prints and not allow_change:
+        raise ConfigError(
+            "data: the text or tokenizer is not what this run has trained on, so its batches would be others;"
+            " allowed with resume.allow_data_change=true"
+        )
 
 
 def newest_checkpoint(folder: Path) -> int | None:
@@ -167,13 +168,13 @@ def train(config: Config, folder: Path, group: Group, report: Report, interrupt:
         running = sum(sent.kind == "run" for sent in flight)
         if running < WINDOWS_IN_FLIGHT and step < end and not interrupt.asked():
             first, step = step, window_end(step, end, step_s, (config.checkpoint.every, config.eval.every))
-            wait_s = timeout.step_s * (step - first + running + 1)
+            wait_s = timeout.step_s + SLOWDOWN * (step_s or 0.0) * (step - first)
             flight.append(Sent("run", step, hosts.call(group, wait_s, "run", first, step)))
             if config.eval.every and due(step, end, config.eval.every):
-                flight.append(Sent("evaluate", step, hosts.call(group, wait_s + timeout.compile_s, "evaluate")))
+                flight.append(Sent("evaluate", step, hosts.call(group, timeout.compile_s + timeout.step_s, "evaluate")))
             minutes = (time.monotonic() - saved_at) / 60
             if due(step, end, config.checkpoint.every) or 0 < config.checkpoint.every_minutes <= minutes:
-                flight.append(Sent("save", step, hosts.call(group, wait_s + timeout.save_s, "save", step)))
+                flight.append(Sent("save", step, hosts.call(group, timeout.save_s, "save", step)))
                 saved, saved_at = step, time.monotonic()
             continue
         if not flight:
@@ -218,14 +219,14 @@ def understand(folder: Path, evidence: tuple[Evidence, ...], report: Report) -> 
     if outcome is Outcome.BAD_INPUT:
         raise ConfigError(cause.message)
     path = folder / "logs" / f"attempt-{report.attempt}-failure.txt"
-    story = [f"{outcome.value}: rank {cause.rank} at step {report.newest}", ""]
+    story = [f"{outcome.value}: rank {cause.rank} at step {report.step}", ""]
     for item in evidence:
         story += [f"rank {item.rank}: {item}", item.traceback, ""]
     path.write_text("\n".join(story))
     said = cause.overdue or f"{cause.exception or ''} {cause.message}".strip()
     report.event("failure", outcome=outcome.value, rank=cause.rank, evidence=said[:500], story=str(path))
-    report.screen.say(f"{outcome.value}: rank {cause.rank} at step {report.newest}: {said[:200]} ({path})")
+    report.screen.say(f"{outcome.value}: rank {cause.rank} at step {report.step}: {said[:200]} ({path})")
     frames = [line.strip() for line in cause.traceback.splitlines() if line.lstrip().startswith("File ")]
     signature = " | ".join([outcome.value, cause.exception or "", *frames[-1:]])
     committed = rundir.committed(folder)
-    return Failure(outcome, signature, report.newest, committed[-1] if committed else None)
+    return Failure(outcome, signature, report.step, committed[-1] if committed else None)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from gemma.config import ConfigError
+from gemma.config import ConfigError, naming
 
 LOCK_TIMEOUT_S = 0.3  # a status command holds the lock for an instant while it looks
 
@@ -65,10 +65,11 @@ def create(root: str, run_id: str) -> Path:
 def find(root: str, run: str) -> Path:
     """The directory of run=ID or run=latest. Raises ConfigError naming what there is."""
     named = Path(root).expanduser().absolute() / run
-    if run != "latest" and (named / "manifest.json").is_file():
-        read_manifest(named)
-        return named
-    known = runs(root)
+    with naming(f"run={run} run.root={root}"):
+        if run != "latest" and (named / "manifest.json").is_file():
+            read_manifest(named)
+            return named
+        known = runs(root)
     if not known:
         raise ConfigError(f"run={run}: no runs in run.root={root}")
     if run == "latest":

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from gemma.config import ConfigError
 
 CHIPS_PER_HOST = 4
+# What the node of a TPU host says of itself, in a Ray cluster.
+NAME_LABEL, RANK_LABEL, TYPE_LABEL = "ray.io/tpu-slice-name", "ray.io/tpu-worker-id", "ray.io/tpu-pod-type"
 TOPOLOGIES: dict[str, tuple[int, int, int]] = {
     "v5p-8": (2, 2, 1),
     "v5p-16": (2, 2, 2),

@@ -1,7 +1,8 @@
 """wandb: one run, one writer, in a thread of its own. Nothing that happens to wandb stops or slows training.
 
 Steps lie on the axis `step`, not on wandb's own counter, which drops whatever goes backwards. After a restart the
-steps done again are the same to the bit, so what wandb has already is not sent twice.
+steps done again are the same to the bit, so what wandb has already is not sent twice. (Resumed with another learning
+rate they differ: then wandb keeps the first of the steps done twice, metrics.jsonl both.)
 """
 
 import contextlib
@@ -29,6 +30,10 @@ def mode(config: Config) -> str:
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     known = netrc.is_file() and "wandb" in netrc.read_text(errors="replace")
     return "online" if os.environ.get("WANDB_API_KEY") or known else "offline"
+
+
+def eval_row(step: int, loss: float, bits_per_byte: float) -> dict[str, Any]:
+    return {"step": step, "eval/loss": loss, "eval/bits_per_byte": bits_per_byte}
 
 
 class WandbLog:
@@ -60,6 +65,10 @@ class WandbLog:
                 if step not in known["loss"]:
                     run.log(written)
                     known["loss"].add(step)
+            for event in rundir.events(self.folder):
+                if event["event"] == "eval" and event["step"] not in known["eval/loss"]:
+                    run.log(eval_row(event["step"], event["loss"], event["bits_per_byte"]))
+                    known["eval/loss"].add(event["step"])
             while (row := self.rows.get()) is not None:
                 once = next((name for name in ONCE_A_STEP if name in row), None)
                 if once is not None:
@@ -108,6 +117,7 @@ class WandbLog:
             self.warn(f"wandb is off for the rest of this run ({why}); metrics.jsonl has everything")
 
     def finish(self) -> None:
+        """Hands over what is left. Waits FINISH_TIMEOUT_S at most."""
         if self.thread is None:
             return
         if not self.broken:

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma.config import Program
+from gemma.config import ConfigError, Program
+from orchestrator.topology import CHIPS_PER_HOST
 
 if TYPE_CHECKING:
     from gemma.trainer import Trainer
 
 # Left by an earlier attempt or slice they make the next one hang.
 STALE = ("MEGASCALE_", "TPU_PROCESS_", "TPU_VISIBLE_", "CLOUD_TPU_TASK_ID", "JAX_COORDINATOR", "XLA_FLAGS")
-SIMULATED_CHIPS = 4
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Host:
             del os.environ[name]
         if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*"):
             os.environ["JAX_PLATFORMS"] = "cpu"
-            os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={SIMULATED_CHIPS}"
+            os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={CHIPS_PER_HOST}"
         os.environ.update(env)
         import gemma.trainer  # noqa: F401 - takes seconds, while the other hosts are still being started
 
@@ -79,6 +79,9 @@ class Host:
         from gemma.trainer import Trainer
 
         def make() -> None:
+            if not Path(folder, "manifest.json").exists():
+                where = f"{Path(folder).parent} on host {self.rank} ({socket.gethostname()})"
+                raise ConfigError(f"run.root: {where} does not hold the run; give a directory that all hosts share")
             self.trainer = Trainer(program, Path(folder), Path(cache).expanduser())
 
         return told(make)

@@ -151,7 +151,7 @@ def test_a_mesh_that_does_not_fit_says_what_would(mesh: tuple[int, int, int], ex
         ("train.steps", Kind.SAFE),
         ("wandb.mode", Kind.SAFE),
         ("checkpoint.every", Kind.SAFE),
-        ("optim.lr", Kind.SAFE),
+        ("optim.lr", Kind.TRAINING),
         ("mesh.fsdp", Kind.RESHARDING),
         ("cluster.slice", Kind.RESHARDING),
         ("train.seed", Kind.DATA),

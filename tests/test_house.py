@@ -11,7 +11,13 @@ import pytest
 TOP = Path(__file__).parents[1]
 LINES = 300
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
-PLAIN = {"gemma.config", "gemma.corpus", "gemma.tokenizer", "gemma.reports"}  # of gemma/, what needs no JAX
+PLAIN = {
+    "gemma.config",
+    "gemma.corpus",
+    "gemma.flops",
+    "gemma.reports",
+    "gemma.tokenizer",
+}  # of gemma/, what needs no JAX
 NEVER = {
     "gemma": {"ray", "hydra", "wandb", "orchestrator", "launch", "tests"},
     "orchestrator": {"hydra", "launch", "tests"},

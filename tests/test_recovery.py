@@ -18,6 +18,7 @@ from tests.runs import (
     kill_worker,
     launch,
     losses,
+    wait_for,
     wait_for_step,
 )
 
@@ -47,6 +48,21 @@ def test_sigterm_saves_leaves_with_3_and_resume_ends_bitwise_the_same(undisturbe
     finish(launch("resume", "run=latest", f"run.root={root}"), 0)
     assert_same_run(undisturbed, folder, STEPS)
     assert wandb_steps(folder) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["manifest", "reserve", "start"])
+def test_a_signal_before_the_first_step_leaves_with_3_and_a_run_that_resumes(
+    root: Path, moment: str, number: signal.Signals
+) -> None:
+    folder = root / f"early-{moment}-{number.name}"
+    process = launch("train", f"run.root={root}", f"run.id={folder.name}", *SMALL)
+    there = {"manifest": lambda: (folder / "manifest.json").exists()}
+    wait_for(there.get(moment, lambda: moment in event_names(folder)), moment, process)
+    process.send_signal(number)
+    out = finish(process, 3)
+    assert f"python -m launch.resume run={folder.name}" in out
+    assert rundir.runs(str(root))[-1] == folder
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from gemma.config import ConfigError
 from orchestrator import manifest, rundir
 from orchestrator.config import with_id
+from orchestrator.interrupt import Interrupt
 from tests.test_config import config_of
 
 TOP = Path(__file__).parents[1]
@@ -32,16 +32,6 @@ def fabricate(root: Path, run_id: str, *overrides: str, done: int = 0, created: 
     return folder
 
 
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """A controller takes SIGINT and SIGTERM for itself; here they are given back."""
-    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in old.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize(("done", "kept"), [(200, True), (0, False)])
 def test_a_mistake_seen_on_a_host_takes_a_fresh_run_away_but_never_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int, kept: bool
@@ -54,8 +44,8 @@ def test_a_mistake_seen_on_a_host_takes_a_fresh_run_away_but_never_a_checkpoint(
     monkeypatch.setattr(run, "drive", drive)
     folder = fabricate(tmp_path, "some", "wandb.mode=disabled", done=done)
     config = with_id(config_of("wandb.mode=disabled"), "some", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"^data.path: "):
-        run.run(config, folder, time.monotonic())
+    with Interrupt() as interrupt, pytest.raises(ConfigError, match=r"^data.path: "):
+        run.run(config, folder, rundir.lock(folder), interrupt, time.monotonic())
     assert folder.exists() is kept
     assert rundir.committed(folder) == [done] * kept
 
@@ -181,3 +171,32 @@ def test_a_run_s_name_begins_with_its_time(tmp_path: Path) -> None:
     name = rundir.new_id("tiny.v2")
     assert name.startswith(time.strftime("%Y%m%d-"))
     assert with_id(config_of(), name, "runs").run.id == name
+
+
+def fingerprinted(folder: Path, *prints: str) -> None:
+    for name in prints:
+        rundir.Appender(folder / "events.jsonl").write({"event": "restore", "fingerprint": name})
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "allowed", "told"),
+    [
+        ([], {"a"}, False, None),
+        (["a"], {"a"}, False, None),
+        (["a"], {"b"}, False, "allow_data_change=true"),
+        (["a"], {"b"}, True, None),
+        (["a", "b"], {"b"}, False, None),
+        (["a"], {"a", "b"}, True, "the hosts do not see the same text"),
+    ],
+)
+def test_a_run_goes_on_with_the_text_it_began_with(
+    tmp_path: Path, before: list[str], now: set[str], allowed: bool, told: str | None
+) -> None:
+    from orchestrator.run import same_text
+
+    fingerprinted(tmp_path, *before)
+    if told is None:
+        same_text(tmp_path, now, allowed)
+    else:
+        with pytest.raises(ConfigError, match=told):
+            same_text(tmp_path, now, allowed)

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from gemma.config import ConfigError
-from orchestrator.placement import NAME, RANK, TYPE, whole_slices
-from orchestrator.topology import TOPOLOGIES, slice_type
+from orchestrator.group import multislice_env
+from orchestrator.placement import Placement, Spot, free_slices, whole_slices
+from orchestrator.topology import NAME_LABEL, RANK_LABEL, TOPOLOGIES, TYPE_LABEL, slice_type
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_a_slice_that_does_not_exist_is_refused_with_those_that_do(name: str) ->
 def node(slice_name: str, worker: int, alive: bool = True, kind: str = "v5p-16") -> dict[str, Any]:
     """A node as ray.nodes() tells of it."""
     name = f"{slice_name}-{worker}"
-    labels = {NAME: slice_name, RANK: str(worker), TYPE: kind, "ray.io/node-id": name}
+    labels = {NAME_LABEL: slice_name, RANK_LABEL: str(worker), TYPE_LABEL: kind, "ray.io/node-id": name}
     return {"Alive": alive, "NodeID": name, "NodeManagerAddress": f"10.0.0.{worker}", "Labels": labels}
 
 
@@ -81,3 +82,18 @@ def test_what_is_not_a_whole_living_slice_of_the_kind_is_passed_over(nodes: list
 def test_a_node_that_came_back_under_its_old_name_replaces_the_dead_one() -> None:
     again = node("a", 1) | {"NodeID": "again"}
     assert found([node("a", 0), again, node("a", 1, alive=False)]) == [["a-0", "again"]]
+
+
+def test_a_slice_with_a_chip_in_use_is_not_free() -> None:
+    slices = whole_slices([node(name, worker) for name in "abc" for worker in (0, 1)], "v5p-16", 2)
+    free = {"TPU": 4.0}
+    available = {"a-0": free, "a-1": {"TPU": 3.0}, "b-0": free, "b-1": free, "c-0": free}  # of c-1 nothing is told
+    assert [spots[0].slice_name for spots in free_slices(slices, available)] == ["b"]
+
+
+def test_every_host_of_several_slices_learns_its_slice() -> None:
+    spots = tuple(Spot(name, worker, f"{name}-{worker}", f"10.0.{name}") for name in "01" for worker in (0, 1))
+    told = [multislice_env(Placement(spots, None), rank) for rank in range(4)]  # type: ignore[arg-type]
+    assert [env["MEGASCALE_SLICE_ID"] for env in told] == ["0", "0", "1", "1"]
+    assert {env["MEGASCALE_COORDINATOR_ADDRESS"].partition(":")[0] for env in told} == {"10.0.0"}
+    assert {env["MEGASCALE_NUM_SLICES"] for env in told} == {"2"}

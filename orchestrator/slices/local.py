@@ -12,7 +12,7 @@ import ray
 from orchestrator.config import Config
 from orchestrator.interrupt import handlers_kept
 from orchestrator.slices import simulated
-from orchestrator.topology import CHIPS_PER_HOST
+from orchestrator.topology import CHIPS_PER_HOST, NAME_LABEL, RANK_LABEL, TYPE_LABEL
 
 
 def hosts(config: Config) -> list[simulated.Host]:
@@ -26,9 +26,9 @@ def hosts(config: Config) -> list[simulated.Host]:
             if worker == 0:
                 resources[f"TPU-{kind.name}-head"] = 1.0
             labels = {
-                "ray.io/tpu-slice-name": name,
-                "ray.io/tpu-worker-id": str(worker),
-                "ray.io/tpu-pod-type": kind.name,
+                NAME_LABEL: name,
+                RANK_LABEL: str(worker),
+                TYPE_LABEL: kind.name,
                 "ray.io/tpu-topology": kind.topology,
                 "ray.io/accelerator-type": "TPU-V5P",
             }

@@ -108,22 +108,6 @@ def start(hosts: Sequence[Host], temp_dir: Path) -> Cluster:
     return cluster
 
 
-def add_host(cluster: Cluster, host: Host) -> int:
-    """Start one more host, wait until it has registered, and return its index."""
-    index = max(cluster.nodes) + 1
-    cluster.nodes[index] = _start_raylet(cluster, index, host)
-    _wait_for_nodes(cluster, time.monotonic() + START_TIMEOUT_S)
-    return index
-
-
-def remove_host(cluster: Cluster, index: int) -> None:
-    """Kill all processes of a host at once, as a power cut would."""
-    process = cluster.nodes.pop(index).process
-    reaper_script.kill_groups({process.pid})
-    _tell(cluster.reaper, -process.pid)
-    process.wait(STOP_TIMEOUT_S)
-
-
 def stop(cluster: Cluster) -> None:
     """Kill all processes of the cluster and remove its directory."""
     _end(cluster.temp_dir, cluster.reaper)
