@@ -27,7 +27,6 @@ class Trainer:
         self.program, self.folder, self.cache = program, folder, cache
         self.seconds: dict[str, float] = {}
         self.mesh = make_mesh(program.mesh)
-        jax.set_mesh(self.mesh)
         started = time.monotonic()
         tokens = open_tokens(program.data, cache, program.model.vocab)
         self.meta = tokens.meta
