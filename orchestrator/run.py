@@ -145,14 +145,19 @@ def same_text(folder: Path, prints: set[str], allow_change: bool) -> None:
 
 
 def newest_checkpoint(folder: Path) -> int | None:
-    """The step to go on from. Fails closed: what was committed once must still be there."""
+    """The step to go on from. Fails closed: what was committed once must still be there.
+
+    Hosts run ahead of the controller: where it died, a checkpoint may lie beyond the last step it wrote down. An
+    earlier one is taken then, so that every step has its line; the steps done again are the same to the bit.
+    """
     found = rundir.committed(folder)
     announced = [event["step"] for event in rundir.events(folder) if event["event"] == "commit"]
     if announced and (not found or found[-1] < max(announced)):
         missing = folder / "checkpoints" / str(max(announced))
         message = f"{missing} was committed and is gone; the run does not start afresh by itself"
         raise HostsFailedError([Evidence(0, exception="CheckpointError", message=message)])
-    return found[-1] if found else None
+    reported = max(rundir.metrics(folder), default=0)
+    return max([step for step in found if step <= reported] or found, default=None)
 
 
 def train(config: Config, folder: Path, group: Group, report: Report, interrupt: Interrupt) -> bool:

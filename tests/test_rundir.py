@@ -200,3 +200,18 @@ def test_a_run_goes_on_with_the_text_it_began_with(
     else:
         with pytest.raises(ConfigError, match=told):
             same_text(tmp_path, now, allowed)
+
+
+@pytest.mark.parametrize(
+    ("committed", "reported", "step"),
+    [([], 3, None), ([10, 20], 25, 20), ([10, 20], 20, 20), ([10, 20], 18, 10), ([20], 18, 20)],
+)
+def test_no_step_is_left_without_its_line_where_a_checkpoint_is_ahead_of_the_controller(
+    tmp_path: Path, committed: list[int], reported: int, step: int | None
+) -> None:
+    from orchestrator.run import newest_checkpoint
+
+    for done in committed:
+        (tmp_path / "checkpoints" / str(done)).mkdir(parents=True)
+    rundir.Appender(tmp_path / "metrics.jsonl").write({"step": reported})
+    assert newest_checkpoint(tmp_path) == step
