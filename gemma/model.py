@@ -53,9 +53,10 @@ class Block(nnx.Module):
     first two: on a mesh every array costs a collective a step.
     """
 
-    def __init__(self, config: Model, *, local: bool, rngs: nnx.Rngs):
+    def __init__(self, config: Model, *, local: bool, platform: str, rngs: nnx.Rngs):
         c, P = config, config.layers // 2
-        self.config, self.window = config, config.window if local else None
+        self.config, self.platform = config, platform
+        self.window = config.window if local else None
         D, N, K, H, F = c.width, c.heads, c.kv_heads, c.head_size, c.hidden
         self.norms_P4D = scale(pairs=P, which=4, norm=D)  # before and after attention, before and after the MLP
         self.q_PDNH = weight(rngs, D, pairs=P, width=D, heads=N, head=H)
@@ -78,7 +79,9 @@ class Block(nnx.Module):
         k_BTKH, v_BTKH = jnp.einsum("BTD,cDKH->cBTKH", x_BTD, gathered(self.kv_P2DKH, dtype))
         q_BTNH = rope(q_BTNH, position_BT, c.rope_base) * jnp.asarray(c.query_scale, dtype)
         k_BTKH = rope(k_BTKH, position_BT, c.rope_base)
-        out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window=self.window, cap=c.attention_cap)
+        out_BTNH = attend(
+            q_BTNH, k_BTKH, v_BTKH, segment_BT, window=self.window, cap=c.attention_cap, platform=self.platform
+        )
         return jnp.einsum("BTNH,NHD->BTD", out_BTNH, gathered(self.o_PNHD, dtype))
 
     def mlp(self, x_BTD: jax.Array) -> jax.Array:
@@ -92,9 +95,9 @@ class Block(nnx.Module):
 class Pair(nnx.Module):
     """A local block, then a global one."""
 
-    def __init__(self, config: Model, *, rngs: nnx.Rngs):
-        self.local_block = Block(config, local=True, rngs=rngs)
-        self.global_block = Block(config, local=False, rngs=rngs)
+    def __init__(self, config: Model, *, platform: str, rngs: nnx.Rngs):
+        self.local_block = Block(config, local=True, platform=platform, rngs=rngs)
+        self.global_block = Block(config, local=False, platform=platform, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, segment_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
         x_BTD = self.local_block(x_BTD, segment_BT, position_BT)
@@ -102,12 +105,23 @@ class Pair(nnx.Module):
 
 
 class Gemma(nnx.Module):
-    """The whole model. `model(tokens_BT)` gives float32 logits_BTV; training takes `hidden` and the chunked loss."""
+    """The whole model. `model(tokens_BT)` gives float32 logits_BTV; training takes `hidden` and the chunked loss.
 
-    def __init__(self, config: Model, *, rngs: nnx.Rngs, dtype: str = "float32", remat: str = "none"):
+    platform: of the devices it will run on, where they are not this process's own (`gemma.attention.attend`).
+    """
+
+    def __init__(
+        self,
+        config: Model,
+        *,
+        rngs: nnx.Rngs,
+        dtype: str = "float32",
+        remat: str = "none",
+        platform: str | None = None,
+    ):
         self.config, self.dtype, self.remat = config, dtype, remat
         self.embedding_VD = weight(rngs, config.width, vocab=config.vocab, width=config.width)
-        self.pairs = Pair(config, rngs=rngs)
+        self.pairs = Pair(config, platform=platform or jax.default_backend(), rngs=rngs)
         self.final_norm = scale(norm=config.width)
 
     def __call__(self, tokens_BT: jax.Array, segment_BT: jax.Array | None = None) -> jax.Array:
