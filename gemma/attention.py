@@ -6,6 +6,8 @@ B batch, T query time, S key time, N query heads, K kv heads, G = N/K, H head si
 import jax
 import jax.numpy as jnp
 
+from gemma import blocked
+
 MASKED = -2.0e38  # finite, so that a row without any key stays finite too
 
 
@@ -51,6 +53,8 @@ def attend(
         from gemma import splash  # Pallas is half a second that no other platform pays
 
         return splash.attend(q_BTNH, k_BSKH, v_BSKH, segment_BT, window=window, cap=cap)
+    if cap <= blocked.LARGEST_CAP:
+        return blocked.attend(q_BTNH, k_BSKH, v_BSKH, segment_BT, window=window, cap=cap)
     return plain(q_BTNH, k_BSKH, v_BSKH, segment_BT, window=window, cap=cap)
 
 

@@ -6,6 +6,7 @@ Layers alternate local and global attention, so they are stored and scanned as P
 has a leading P. Each parameter is declared once, with its logical axes; `gemma.sharding.RULES` places them.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -13,12 +14,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gemma.attention import attend, rope, soft_cap
+from gemma.blocked import SAVED
 from gemma.config import Model
 from gemma.sharding import gather
 
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SAVED),  # a kernel's results are no dot
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -44,6 +49,18 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
 def gathered(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     """A weight in the compute dtype, whole along `fsdp`."""
     return gather(param[...].astype(dtype), param.axes[-param.ndim :])  # inside the scan the leading `pairs` is gone
+
+
+def project(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x[B, T, *inner] @ weight[*inner, *outer]: [B, T, *outer].
+
+    One matrix product over B*T rows: contracted over two axes, as the gradient of the weight would be, XLA on CPU
+    first transposes the larger operand.
+    """
+    B, T, *inner = x.shape
+    outer = weight.shape[len(inner) :]
+    rows = math.prod(inner)
+    return (x.reshape(B * T, rows) @ weight.reshape(rows, -1)).reshape(B, T, *outer)
 
 
 class Block(nnx.Module):
@@ -75,21 +92,21 @@ class Block(nnx.Module):
 
     def attention(self, x_BTD: jax.Array, segment_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
         c, dtype = self.config, x_BTD.dtype
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, gathered(self.q_PDNH, dtype))
-        k_BTKH, v_BTKH = jnp.einsum("BTD,cDKH->cBTKH", x_BTD, gathered(self.kv_P2DKH, dtype))
+        q_BTNH = project(x_BTD, gathered(self.q_PDNH, dtype))
+        k_BTKH, v_BTKH = (project(x_BTD, w_DKH) for w_DKH in gathered(self.kv_P2DKH, dtype))
         q_BTNH = rope(q_BTNH, position_BT, c.rope_base) * jnp.asarray(c.query_scale, dtype)
         k_BTKH = rope(k_BTKH, position_BT, c.rope_base)
         out_BTNH = attend(
             q_BTNH, k_BTKH, v_BTKH, segment_BT, window=self.window, cap=c.attention_cap, platform=self.platform
         )
-        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, gathered(self.o_PNHD, dtype))
+        return project(out_BTNH, gathered(self.o_PNHD, dtype))
 
     def mlp(self, x_BTD: jax.Array) -> jax.Array:
         """GeGLU with the tanh GELU."""
         dtype = x_BTD.dtype
-        gate_BTF, up_BTF = jnp.einsum("BTD,cDF->cBTF", x_BTD, gathered(self.gating_P2DF, dtype))
+        gate_BTF, up_BTF = (project(x_BTD, w_DF) for w_DF in gathered(self.gating_P2DF, dtype))
         h_BTF = jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
-        return jnp.einsum("BTF,FD->BTD", h_BTF, gathered(self.down_PFD, dtype))
+        return project(h_BTF, gathered(self.down_PFD, dtype))
 
 
 class Pair(nnx.Module):

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
+from gemma.blocked import SAVED
+
 LANES = 128  # a block's side is a multiple of the vector registers' lanes
-SAVED = "attention"  # names out and logsumexp for rematerialisation policies: a kernel's results are no `dot`
 
 
 def attend(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma import splash
+from gemma import blocked, splash
 from gemma.attention import plain
 
 CAP = 2.0  # bites: the logits below reach well beyond it
@@ -45,4 +45,12 @@ def test_splash_equals_plain(window: int | None, heads: tuple[int, int]) -> None
     inputs = draw(300, *heads)
     got = outputs(partial(splash.attend, interpret=True), inputs, window)
     for ours, want in zip(got, outputs(plain, inputs, window), strict=True):
+        np.testing.assert_allclose(ours, want, atol=3e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 63, 64, 65, 200], ids=str)
+@pytest.mark.parametrize("heads", [(4, 2), (2, 2), (4, 1)], ids=str)
+def test_blocked_equals_plain(window: int | None, heads: tuple[int, int]) -> None:
+    inputs = draw(300, *heads)
+    for ours, want in zip(outputs(blocked.attend, inputs, window), outputs(plain, inputs, window), strict=True):
         np.testing.assert_allclose(ours, want, atol=3e-5)
