@@ -6,6 +6,8 @@ B batch, T query time, S key time, N query heads, K kv heads, G = N/K, H head si
 import jax
 import jax.numpy as jnp
 
+from gemma import blocked
+
 MASKED = -2.0e38  # finite, so that a row without any key stays finite too
 
 
@@ -43,8 +45,29 @@ def attend(
     *,
     window: int | None,
     cap: float,
+    platform: str,
 ) -> jax.Array:
-    """out_BTNH, in q's dtype; the softmax is taken in float32. q comes already scaled."""
+    """out_BTNH by the kernel that serves `platform`: that of the devices the program is compiled for, which need not
+    be here. q comes already scaled. All give what `plain` gives, which defines it."""
+    if platform == "tpu":
+        from gemma import splash  # Pallas is half a second that no other platform pays
+
+        return splash.attend(q_BTNH, k_BSKH, v_BSKH, segment_BT, window=window, cap=cap)
+    if cap <= blocked.LARGEST_CAP:
+        return blocked.attend(q_BTNH, k_BSKH, v_BSKH, segment_BT, window=window, cap=cap)
+    return plain(q_BTNH, k_BSKH, v_BSKH, segment_BT, window=window, cap=cap)
+
+
+def plain(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segment_BT: jax.Array,
+    *,
+    window: int | None,
+    cap: float,
+) -> jax.Array:
+    """out_BTNH, in q's dtype; the softmax is taken in float32. Every (query, key) pair is computed, then masked."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)

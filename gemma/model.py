@@ -6,6 +6,7 @@ Layers alternate local and global attention, so they are stored and scanned as P
 has a leading P. Each parameter is declared once, with its logical axes; `gemma.sharding.RULES` places them.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -13,12 +14,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gemma.attention import attend, rope, soft_cap
+from gemma.blocked import SAVED
 from gemma.config import Model
 from gemma.sharding import gather
 
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SAVED),  # a kernel's results are no dot
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -46,6 +51,18 @@ def gathered(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     return gather(param[...].astype(dtype), param.axes[-param.ndim :])  # inside the scan the leading `pairs` is gone
 
 
+def project(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x[B, T, *inner] @ weight[*inner, *outer]: [B, T, *outer].
+
+    One matrix product over B*T rows: contracted over two axes, as the gradient of the weight would be, XLA on CPU
+    first transposes the larger operand.
+    """
+    B, T, *inner = x.shape
+    outer = weight.shape[len(inner) :]
+    rows = math.prod(inner)
+    return (x.reshape(B * T, rows) @ weight.reshape(rows, -1)).reshape(B, T, *outer)
+
+
 class Block(nnx.Module):
     """One transformer block, for all P pairs at once; `__call__` expects the weights of a single pair.
 
@@ -53,9 +70,10 @@ class Block(nnx.Module):
     first two: on a mesh every array costs a collective a step.
     """
 
-    def __init__(self, config: Model, *, local: bool, rngs: nnx.Rngs):
+    def __init__(self, config: Model, *, local: bool, platform: str, rngs: nnx.Rngs):
         c, P = config, config.layers // 2
-        self.config, self.window = config, config.window if local else None
+        self.config, self.platform = config, platform
+        self.window = config.window if local else None
         D, N, K, H, F = c.width, c.heads, c.kv_heads, c.head_size, c.hidden
         self.norms_P4D = scale(pairs=P, which=4, norm=D)  # before and after attention, before and after the MLP
         self.q_PDNH = weight(rngs, D, pairs=P, width=D, heads=N, head=H)
@@ -74,27 +92,29 @@ class Block(nnx.Module):
 
     def attention(self, x_BTD: jax.Array, segment_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
         c, dtype = self.config, x_BTD.dtype
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, gathered(self.q_PDNH, dtype))
-        k_BTKH, v_BTKH = jnp.einsum("BTD,cDKH->cBTKH", x_BTD, gathered(self.kv_P2DKH, dtype))
+        q_BTNH = project(x_BTD, gathered(self.q_PDNH, dtype))
+        k_BTKH, v_BTKH = (project(x_BTD, w_DKH) for w_DKH in gathered(self.kv_P2DKH, dtype))
         q_BTNH = rope(q_BTNH, position_BT, c.rope_base) * jnp.asarray(c.query_scale, dtype)
         k_BTKH = rope(k_BTKH, position_BT, c.rope_base)
-        out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, window=self.window, cap=c.attention_cap)
-        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, gathered(self.o_PNHD, dtype))
+        out_BTNH = attend(
+            q_BTNH, k_BTKH, v_BTKH, segment_BT, window=self.window, cap=c.attention_cap, platform=self.platform
+        )
+        return project(out_BTNH, gathered(self.o_PNHD, dtype))
 
     def mlp(self, x_BTD: jax.Array) -> jax.Array:
         """GeGLU with the tanh GELU."""
         dtype = x_BTD.dtype
-        gate_BTF, up_BTF = jnp.einsum("BTD,cDF->cBTF", x_BTD, gathered(self.gating_P2DF, dtype))
+        gate_BTF, up_BTF = (project(x_BTD, w_DF) for w_DF in gathered(self.gating_P2DF, dtype))
         h_BTF = jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
-        return jnp.einsum("BTF,FD->BTD", h_BTF, gathered(self.down_PFD, dtype))
+        return project(h_BTF, gathered(self.down_PFD, dtype))
 
 
 class Pair(nnx.Module):
     """A local block, then a global one."""
 
-    def __init__(self, config: Model, *, rngs: nnx.Rngs):
-        self.local_block = Block(config, local=True, rngs=rngs)
-        self.global_block = Block(config, local=False, rngs=rngs)
+    def __init__(self, config: Model, *, platform: str, rngs: nnx.Rngs):
+        self.local_block = Block(config, local=True, platform=platform, rngs=rngs)
+        self.global_block = Block(config, local=False, platform=platform, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, segment_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
         x_BTD = self.local_block(x_BTD, segment_BT, position_BT)
@@ -102,12 +122,23 @@ class Pair(nnx.Module):
 
 
 class Gemma(nnx.Module):
-    """The whole model. `model(tokens_BT)` gives float32 logits_BTV; training takes `hidden` and the chunked loss."""
+    """The whole model. `model(tokens_BT)` gives float32 logits_BTV; training takes `hidden` and the chunked loss.
 
-    def __init__(self, config: Model, *, rngs: nnx.Rngs, dtype: str = "float32", remat: str = "none"):
+    platform: of the devices it will run on, where they are not this process's own (`gemma.attention.attend`).
+    """
+
+    def __init__(
+        self,
+        config: Model,
+        *,
+        rngs: nnx.Rngs,
+        dtype: str = "float32",
+        remat: str = "none",
+        platform: str | None = None,
+    ):
         self.config, self.dtype, self.remat = config, dtype, remat
         self.embedding_VD = weight(rngs, config.width, vocab=config.vocab, width=config.width)
-        self.pairs = Pair(config, rngs=rngs)
+        self.pairs = Pair(config, platform=platform or jax.default_backend(), rngs=rngs)
         self.final_norm = scale(norm=config.width)
 
     def __call__(self, tokens_BT: jax.Array, segment_BT: jax.Array | None = None) -> jax.Array:

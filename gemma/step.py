@@ -48,7 +48,8 @@ def functions(program: Program, mesh: jax.sharding.Mesh) -> Functions:
     """Builds the programs for one mesh. Nothing is compiled and no memory is taken."""
     train = program.train
     tx = optim.optimizer(program.optim, train.steps)
-    create = partial(Gemma, program.model, dtype=train.dtype, remat=train.remat)
+    platform = mesh.devices.flat[0].platform  # of the mesh, not of this process: the plan compiles for TPUs on a CPU
+    create = partial(Gemma, program.model, dtype=train.dtype, remat=train.remat, platform=platform)
     abstract = nnx.eval_shape(lambda: create(rngs=nnx.Rngs(0)))
     graph, variables = nnx.split(abstract)
     axes = nnx.to_pure_dict(jax.tree.map(lambda v: v.axes, variables, is_leaf=is_variable))

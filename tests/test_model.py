@@ -83,7 +83,7 @@ def draw_tokens(config: Model, *shape: int) -> np.ndarray:
 def one_block(config: Model, *, local: bool) -> Block:
     """A block with the weights of a single pair, as the scan hands it out."""
     params = random_params(config)["pairs"]["local_block" if local else "global_block"]
-    graph, _ = nnx.split(nnx.eval_shape(lambda: Block(config, local=local, rngs=nnx.Rngs(0))))
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Block(config, local=local, platform="cpu", rngs=nnx.Rngs(0))))
     return nnx.merge(graph, jax.tree.map(lambda x: jnp.asarray(x[0]), params))
 
 
@@ -147,7 +147,9 @@ def test_query_head_n_reads_kv_head_n_over_group() -> None:
     rng = np.random.default_rng(3)
     qkv = [jnp.asarray(rng.normal(size=(1, 6, heads, 4)), jnp.float32) for heads in (6, 2, 2)]
     segment_BT = jnp.zeros((1, 6), jnp.int32)
-    out_N = jax.jit(lambda q, k, v: attend(q, k, v, segment_BT, window=None, cap=50.0)[0, :, :, 0].sum(axis=0))
+    out_N = jax.jit(
+        lambda q, k, v: attend(q, k, v, segment_BT, window=None, cap=50.0, platform="cpu")[0, :, :, 0].sum(axis=0)
+    )
     own, read = np.eye(6, dtype=bool), np.arange(6)[:, None] // 3 == np.arange(2)
     for of, want in zip(jax.jit(jax.jacrev(out_N, argnums=(0, 1, 2)))(*qkv), (own, read, read), strict=True):
         np.testing.assert_array_equal(np.abs(of).sum(axis=(1, 2, 4)) != 0, want)

@@ -1,0 +1,96 @@
+"""Attention on TPU: JAX's splash attention, a Pallas flash kernel that visits only the blocks the mask leaves.
+
+B batch, T time, N query heads, K kv heads, H head size. Queries and keys are one sequence here, so keys have T too.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import PartitionSpec
+
+from gemma.blocked import SAVED
+
+LANES = 128  # a block's side is a multiple of the vector registers' lanes
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_BT: jax.Array,
+    *,
+    window: int | None,
+    cap: float,
+    interpret: bool = False,
+) -> jax.Array:
+    """out_BTNH, as `gemma.attention.plain`. interpret: run the kernel's blocks as plain JAX, on any platform.
+
+    XLA cannot partition a Pallas kernel. The step is manual over the batch's axes already; here the heads become
+    manual too, over `tensor`, whatever its size. Outside of the step (one device) there is no mesh to be manual over.
+    """
+
+    def local(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_BT: jax.Array) -> jax.Array:
+        return kernel(q_BTNH, k_BTKH, v_BTKH, segment_BT, window=window, cap=cap, interpret=interpret)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if "tensor" in mesh.axis_names and "tensor" not in mesh.manual_axes and mesh.manual_axes:
+        heads = PartitionSpec(None, None, "tensor", None)
+        local = jax.shard_map(
+            local,
+            in_specs=(heads, heads, heads, PartitionSpec()),
+            out_specs=heads,
+            axis_names={"tensor"},
+            check_vma=False,
+        )
+    return local(q_BTNH, k_BTKH, v_BTKH, segment_BT)
+
+
+def kernel(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_BT: jax.Array,
+    *,
+    window: int | None,
+    cap: float,
+    interpret: bool,
+) -> jax.Array:
+    """out_BTNH of one device's heads. Time is padded to whole blocks; the causal mask hides what is added."""
+    T, N, H = q_BTNH.shape[1:]
+    side = min(block_side(H), -(-T // LANES) * LANES)
+    padded = -(-T // side) * side
+
+    def heads_first(x_BTNH: jax.Array) -> jax.Array:
+        return jnp.pad(x_BTNH, [(0, 0), (0, padded - T), (0, 0), (0, 0)]).transpose(0, 2, 1, 3)
+
+    before = None if window is None else window - 1
+    mask = splash.LocalMask((padded, padded), window_size=(before, 0), offset=0)
+    run = splash.make_splash_mha_single_device(
+        splash.splash_attention_mask.MultiHeadMask([mask] * N),
+        block_sizes=block_sizes(side),
+        attn_logits_soft_cap=cap,
+        residual_checkpoint_name=SAVED,
+        interpret=interpret,
+    )
+    segment_BT = jnp.pad(segment_BT, [(0, 0), (0, padded - T)])
+    qkv = [heads_first(x) for x in (q_BTNH, k_BTKH, v_BTKH)]
+    out_BNTH = jax.vmap(run)(*qkv, splash.SegmentIds(segment_BT, segment_BT))
+    return out_BNTH.transpose(0, 2, 1, 3)[:, :T]
+
+
+def block_side(head_size: int) -> int:
+    """Queries and keys of a block. At head size 256 a block of 1024 overflows v5p's VMEM."""
+    return 1024 if head_size <= 128 else 512
+
+
+def block_sizes(side: int) -> splash.BlockSizes:
+    """Forward and backward alike; the backward makes dq, dk and dv in one pass."""
+    return splash.BlockSizes(
+        block_q=side,
+        block_kv=side,
+        block_kv_compute=min(side, 512),
+        block_q_dkv=side,
+        block_kv_dkv=side,
+        block_kv_dkv_compute=min(side, 512),
+        use_fused_bwd_kernel=True,
+    )

@@ -1,0 +1,56 @@
+"""Each platform's attention against the plain one, forward and backward.
+
+B batch, T time, N query heads, K kv heads, H head size.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma import blocked, splash
+from gemma.attention import plain
+
+CAP = 2.0  # bites: the logits below reach well beyond it
+Attend = Callable[..., jax.Array]
+
+
+def draw(T: int, N: int = 4, K: int = 2, H: int = 8, B: int = 2) -> tuple[jax.Array, ...]:
+    """q, k, v with logits of a few units, and documents that end at uneven places."""
+    rng = np.random.default_rng(T)
+    q, k, v = (jnp.asarray(rng.normal(size=(B, T, heads, H)), jnp.float32) for heads in (N, K, K))
+    segment_BT = np.cumsum(rng.random((B, T)) < 4 / T, axis=1)
+    return q, k, v, jnp.asarray(segment_BT, jnp.int32)
+
+
+def outputs(attend: Attend, inputs: tuple[jax.Array, ...], window: int | None, cap: float = CAP) -> list[np.ndarray]:
+    """out, dq, dk, dv for a fixed random cotangent."""
+    q, k, v, segment_BT = inputs
+    cotangent = jnp.asarray(np.random.default_rng(9).normal(size=q.shape), jnp.float32)
+
+    @jax.jit
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+        out, back = jax.vjp(lambda *qkv: attend(*qkv, segment_BT, window=window, cap=cap), q, k, v)
+        return out, *back(cotangent)
+
+    return [np.asarray(x) for x in run(q, k, v)]
+
+
+@pytest.mark.parametrize("window", [None, 100, 128, 129], ids=str)
+@pytest.mark.parametrize("heads", [(4, 2), (2, 2), (4, 1)], ids=str)
+def test_splash_equals_plain(window: int | None, heads: tuple[int, int]) -> None:
+    inputs = draw(300, *heads)
+    got = outputs(partial(splash.attend, interpret=True), inputs, window)
+    for ours, want in zip(got, outputs(plain, inputs, window), strict=True):
+        np.testing.assert_allclose(ours, want, atol=3e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 63, 64, 65, 200], ids=str)
+@pytest.mark.parametrize("heads", [(4, 2), (2, 2), (4, 1)], ids=str)
+def test_blocked_equals_plain(window: int | None, heads: tuple[int, int]) -> None:
+    inputs = draw(300, *heads)
+    for ours, want in zip(outputs(blocked.attend, inputs, window), outputs(plain, inputs, window), strict=True):
+        np.testing.assert_allclose(ours, want, atol=3e-5)
