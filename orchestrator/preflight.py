@@ -4,7 +4,7 @@ import os
 import socket
 from pathlib import Path
 
-from gemma import corpus, tokenizer
+from gemma import corpus, folders, tokenizer
 from gemma.config import ConfigError
 from orchestrator.config import Config
 
@@ -12,11 +12,15 @@ ANSWER_TIMEOUT_S = 2.0
 
 
 def check(config: Config) -> None:
-    """Raises ConfigError. Data and tokenizer are looked at where they are this machine's: elsewhere the hosts look."""
+    """Raises ConfigError. Data, tokenizer and weights are looked at where they are this machine's: elsewhere the hosts
+    look.
+    """
     check_root(config.run.root)
     if config.cluster.kind == "ray":
         check_address(str(config.cluster.address))
     if config.cluster.kind == "local":
+        if config.train.init_from is not None:
+            folders.check_model("train.init_from", config.train.init_from, config.model)
         corpus.check(config.data, config.train.batch)
         coder = tokenizer.load(config.data.tokenizer)
         if coder.vocab > config.model.vocab:

@@ -11,7 +11,8 @@ import pytest
 TOP = Path(__file__).parents[1]
 LINES = 300
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
-PLAIN = {"gemma.config", "gemma.corpus", "gemma.tokenizer", "gemma.reports"}  # of gemma/, what needs no JAX
+# Of gemma/, what needs no JAX.
+PLAIN = {"gemma.config", "gemma.corpus", "gemma.folders", "gemma.tokenizer", "gemma.reports"}
 NEVER = {
     "gemma": {"ray", "hydra", "wandb", "orchestrator", "launch", "tests"},
     "orchestrator": {"hydra", "launch", "tests"},
@@ -66,7 +67,7 @@ def test_a_folder_imports_only_what_the_house_allows(file: str) -> None:
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        ("launch.train, launch.resume, launch.status", {"ray", "wandb", *JAX}),
+        ("launch.train, launch.resume, launch.status, launch.convert", {"ray", "wandb", *JAX}),
         ("orchestrator.run, orchestrator.worker", JAX),
         (", ".join(sorted(PLAIN)), {"ray", "hydra", "wandb", "orchestrator", "launch", *JAX}),
     ],
