@@ -21,7 +21,11 @@ CHUNKS = 64  # of a part along its width, which `fsdp` cuts: a host reads little
 CHUNK_BYTES = 64 << 10  # but none smaller than this
 ROWS = 2048  # of the embedding in a chunk
 # Nothing is kept in memory beyond the chunks under way.
-LIMITS = {"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": 2}}
+LIMITS = {
+    "cache_pool": {"total_bytes_limit": 0},
+    "data_copy_concurrency": {"limit": 2},
+    "file_io_concurrency": {"limit": 2},
+}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from gemma.config import ConfigError, Model
 from gemma.layout import EMBEDDING, Place
 from gemma.sources import PARAMS, Source
 
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 8 << 20
 TOKENIZER = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SIDECARS = (*TOKENIZER, "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json")
 

@@ -5,8 +5,7 @@ run directory. `released`: an Orbax checkpoint as Google releases it, which does
 """
 
 import json
-import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +18,6 @@ from gemma.layout import WeightsError
 Kind = Literal["hf", "checkpoint", "run", "released"]
 KINDS = "a Hugging Face folder, an imported checkpoint, a run directory or a released Orbax checkpoint"
 SIDECARS = "hf"  # in an imported folder: the tokenizer's files, for the way back
-FREE = {"name", "vocab", "context"}  # of Model: what weights do not fix; rows of the embedding may be added
 
 
 @dataclass(frozen=True)
@@ -82,22 +80,3 @@ def run_step(path: Path, step: int | None) -> Path:
     if step is not None and step not in steps:
         raise WeightsError(f"step={step}: has no checkpoint; allowed: {', '.join(map(str, steps))}")
     return there / str(steps[-1] if step is None else step)
-
-
-def check_model(key: str, path: str, wanted: Model) -> None:
-    """The weights at a path, named by a config key, are of `wanted`, but that it may have more embedding rows.
-
-    Not only the shapes: weights under another window, cap or query scale are another model. Raises ConfigError.
-    """
-    try:
-        found = find(Path(path).expanduser()).model
-        if found is None:
-            raise WeightsError("released weights do not say of which model they are; import them with launch.convert")
-    except WeightsError as error:
-        raise ConfigError(f"{key}={path}: {error}") from error
-    for field in (f.name for f in fields(Model) if f.name not in FREE):
-        ours, theirs = getattr(wanted, field), getattr(found, field)
-        if not math.isclose(ours, theirs, rel_tol=1e-6):
-            raise ConfigError(f"model.{field}={ours}: {key}={path} has model.{field}={theirs}")
-    if wanted.vocab < found.vocab:
-        raise ConfigError(f"model.vocab={wanted.vocab}: {key}={path} has {found.vocab} rows; allowed: at least as many")

@@ -19,7 +19,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 # A file is mapped, and every page that was touched counts as memory until it is closed: so a block at a time.
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 8 << 20
 HEAD = "lm_head.weight"  # the tied embedding once more, as some tools save it
 
 

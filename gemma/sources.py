@@ -3,7 +3,8 @@
 D width, F hidden, V vocabulary, P layer pairs.
 """
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,13 +14,14 @@ import numpy as np
 
 from gemma import folders, layout
 from gemma.arrays import Arrays, open_arrays
-from gemma.config import Model
+from gemma.config import ConfigError, Model
 from gemma.hf import open_hf
 from gemma.layout import EMBEDDING, Place, Slot, WeightsError
 
 PARAMS = "params"  # where a checkpoint of ours keeps the model
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("float32", "float16", "bfloat16")}
 EVERY_ROW = slice(None)
+FREE = {"name", "vocab", "context"}  # of Model: what weights do not fix; rows of the embedding may be added
 
 
 class Source(Protocol):
@@ -115,7 +117,7 @@ def open_source(
     if found.model is not None:
         return open_own(found.model, open_arrays(found.arrays))
     if model is None:
-        raise WeightsError("a released checkpoint does not say of which model it is")
+        raise WeightsError("a released checkpoint does not say of which model it is; launch.convert takes model=NAME")
     return open_released(model, open_arrays(found.arrays), gating)
 
 
@@ -163,3 +165,20 @@ def check_dtypes(arrays: dict[str, Any]) -> None:
     for name, array in arrays.items():
         if array.dtype.name not in DTYPES:
             raise WeightsError(f"{name} is {array.dtype.name}; allowed are {', '.join(DTYPES)}")
+
+
+def check_model(key: str, path: str, wanted: Model) -> None:
+    """The weights at a path, named by a config key, are whole and of `wanted`, which may have more embedding rows.
+
+    Not only the shapes: weights under another window, cap or query scale are another model. Raises ConfigError.
+    """
+    try:
+        found = open_source(Path(path).expanduser()).model
+    except WeightsError as error:
+        raise ConfigError(f"{key}={path}: {error}") from error
+    for field in (f.name for f in fields(Model) if f.name not in FREE):
+        ours, theirs = getattr(wanted, field), getattr(found, field)
+        if not math.isclose(ours, theirs, rel_tol=1e-6):
+            raise ConfigError(f"model.{field}={ours}: {key}={path} has model.{field}={theirs}")
+    if wanted.vocab < found.vocab:
+        raise ConfigError(f"model.vocab={wanted.vocab}: {key}={path} has {found.vocab} rows; allowed: at least as many")

@@ -12,7 +12,7 @@ TOP = Path(__file__).parents[1]
 LINES = 300
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # Of gemma/, what needs no JAX.
-PLAIN = {"gemma.config", "gemma.corpus", "gemma.folders", "gemma.tokenizer", "gemma.reports"}
+PLAIN = {"gemma.config", "gemma.corpus", "gemma.sources", "gemma.tokenizer", "gemma.reports"}
 NEVER = {
     "gemma": {"ray", "hydra", "wandb", "orchestrator", "launch", "tests"},
     "orchestrator": {"hydra", "launch", "tests"},
