@@ -147,6 +147,7 @@ class Train:
     accumulation: int  # microbatches a step
     remat: Literal["none", "dots", "full"]  # what the backward pass keeps: all, matrix products, layer inputs
     loss_chunk: int  # target positions whose logits exist at a time
+    init_from: str | None  # weights to start from: an imported checkpoint, a Hugging Face folder, another run
 
     def __post_init__(self) -> None:
         sizes = ("steps", "batch", "accumulation", "loss_chunk")

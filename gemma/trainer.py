@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from gemma import aot, checkpoint, data, flops
+from gemma import aot, checkpoint, data, flops, weights
 from gemma.config import Program
 from gemma.reports import Restored, Row
 from gemma.sharding import make_mesh
@@ -61,7 +61,7 @@ class Trainer:
         """Stands ready at a committed step; None initialises. Raises CheckpointError rather than start afresh."""
         started = time.monotonic()
         if step is None:
-            self.state = self.compile("init", ())[0]()
+            self.state = self.initial()
             jax.block_until_ready(self.state.step)
         else:
             self.state = checkpoint.restore(self.manager, step, self.functions.state)
@@ -77,6 +77,14 @@ class Trainer:
             platform=jax.devices()[0].platform,
             seconds=dict(self.seconds),
         )
+
+    def initial(self) -> TrainState:
+        """Random weights, or those of train.init_from; the optimizer is fresh."""
+        state: TrainState = self.compile("init", ())[0]()
+        if self.program.train.init_from is None:
+            return state
+        jax.tree.map(lambda x: x.delete(), state.params)  # one copy of the weights at a time
+        return state._replace(params=weights.load_params(self.program.train.init_from, self.functions.state.params))
 
     def run(self, first: int, last: int) -> list[Row]:
         """Steps first..last-1. A step is dispatched before the one before it is waited for."""

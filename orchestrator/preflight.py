@@ -14,7 +14,9 @@ HOST_BYTES = 300 << 20  # Python, JAX and a Ray node
 
 
 def check(config: Config) -> None:
-    """Raises ConfigError. Data and tokenizer are looked at where they are this machine's: elsewhere the hosts look."""
+    """Raises ConfigError. Data, tokenizer and weights are looked at where they are this machine's: elsewhere the hosts
+    look.
+    """
     with naming(f"run.root={config.run.root}"):
         check_directory("run.root", config.run.root)
     if config.cluster.kind == "ray":
@@ -23,6 +25,10 @@ def check(config: Config) -> None:
         check_size(config)
         with naming(f"run.cache={config.run.cache}"):
             check_directory("run.cache", config.run.cache)
+        if config.train.init_from is not None:
+            from gemma import sources  # a tenth of a second that other runs do not pay
+
+            sources.check_model("train.init_from", config.train.init_from, config.model)
         corpus.check(config.data, config.train.batch)
         coder = tokenizer.load(config.data.tokenizer)
         if coder.vocab > config.model.vocab:

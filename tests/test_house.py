@@ -11,13 +11,8 @@ import pytest
 TOP = Path(__file__).parents[1]
 LINES = 300
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
-PLAIN = {
-    "gemma.config",
-    "gemma.corpus",
-    "gemma.flops",
-    "gemma.reports",
-    "gemma.tokenizer",
-}  # of gemma/, what needs no JAX
+# Of gemma/, what needs no JAX.
+PLAIN = {"gemma.config", "gemma.corpus", "gemma.flops", "gemma.reports", "gemma.sources", "gemma.tokenizer"}
 NEVER = {
     "gemma": {"ray", "hydra", "wandb", "orchestrator", "launch", "tests"},
     "orchestrator": {"hydra", "launch", "tests"},
@@ -72,7 +67,7 @@ def test_a_folder_imports_only_what_the_house_allows(file: str) -> None:
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        ("launch.train, launch.resume, launch.status", {"ray", "wandb", *JAX}),
+        ("launch.train, launch.resume, launch.status, launch.convert", {"ray", "wandb", *JAX}),
         ("orchestrator.run, orchestrator.worker", JAX),
         (", ".join(sorted(PLAIN)), {"ray", "hydra", "wandb", "orchestrator", "launch", *JAX}),
     ],
