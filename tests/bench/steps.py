@@ -1,0 +1,57 @@
+"""The train step alone, on the first device of this process: no controller, no data, no checkpoints.
+
+B batch, U = sequence + 1.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from gemma.config import Checkpoint, Data, Eval, Mesh, Model, Optim, Profile, Program, Train
+from gemma.step import functions
+
+
+def program(model: Model, *, batch: int, sequence: int, dtype: str, remat: str, loss_chunk: int) -> Program:
+    return Program(
+        model=model,
+        data=Data(source="stdlib", path=None, text_key="text", tokenizer="byte", sequence=sequence, eval_fraction=0.1),
+        mesh=Mesh(replica=1, fsdp=1, tensor=1),
+        optim=Optim(
+            lr=3e-4,
+            schedule="cosine",
+            warmup_steps=10,
+            final_lr_ratio=0.1,
+            beta1=0.9,
+            beta2=0.95,
+            eps=1e-8,
+            weight_decay=0.1,
+            clip_norm=1.0,
+        ),
+        train=Train(100, batch, seed=0, dtype=dtype, accumulation=1, remat=remat, loss_chunk=loss_chunk),  # type: ignore
+        eval=Eval(every=0, batches=1),
+        checkpoint=Checkpoint(every=0, every_minutes=0.0, keep_last=1, keep_every=0),
+        profile=Profile(steps=()),
+    )
+
+
+def run(program: Program, steps: int) -> Iterator[tuple[float, float]]:
+    """(loss, seconds) of each step on random tokens, the loss fetched; prints what it compiles and holds."""
+    grid = np.array(jax.devices()[:1]).reshape(1, 1, 1)
+    mesh = jax.sharding.Mesh(grid, ("replica", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    compiled = functions(program, mesh)
+    started = time.monotonic()
+    train = compiled.train.lower(compiled.state, compiled.batch).compile()
+    temporary_gib = train.memory_analysis().temp_size_in_bytes / 2**30
+    print(f"compiled in {time.monotonic() - started:.1f} s, {temporary_gib:.2f} GiB temporary", flush=True)
+    state = compiled.init()
+    print(f"parameters {sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))}", flush=True)
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        tokens_BU = rng.integers(4, program.model.vocab, compiled.batch.shape, np.int32)
+        placed = jax.device_put(tokens_BU, compiled.batch.sharding)
+        started = time.monotonic()
+        state, metrics = train(state, placed)
+        yield float(metrics["loss"]), time.monotonic() - started
