@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from gemma.layout import EMBEDDING, Place
 from gemma.sources import PARAMS, Source
 
 BLOCK_BYTES = 8 << 20
+QUIET, REMOVE_TIMEOUT_S = 4, 10.0
 TOKENIZER = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SIDECARS = (*TOKENIZER, "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json")
 
@@ -40,7 +42,17 @@ def whole(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise ConfigError(f"to={out}: cannot be written ({error.strerror or error})") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
+
+
+def remove(folder: Path) -> None:
+    """For good: a write that was interrupted goes on in TensorStore's threads and makes its file, and folders, anew."""
+    quiet = 0 if folder.exists() else QUIET
+    deadline = time.monotonic() + REMOVE_TIMEOUT_S
+    while quiet < QUIET and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)
+        quiet = 0 if folder.exists() else quiet + 1
 
 
 def check_room(out: Path, source: Source, dtype: np.dtype | None) -> int:

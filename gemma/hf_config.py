@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma.config import ConfigError, Model
+from gemma.layout import WeightsError
 
 ARCHITECTURE = "Gemma2ForCausalLM"
 GELU = "gelu_pytorch_tanh"
@@ -41,22 +42,22 @@ FIXED: dict[str, tuple[Any, ...]] = {
 def read(folder: Path) -> Model:
     """The Model a folder's config.json describes, named after the folder.
 
-    Raises ConfigError naming the key for every architecture, option or value that is not Gemma 2.
+    Raises WeightsError naming the key for every architecture, option or value that is not Gemma 2.
     """
     path = folder / "config.json"
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+        raise WeightsError(f"{path.name} cannot be read: {error}") from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{path}: must be a JSON object")
+        raise WeightsError(f"{path.name}: must be a JSON object")
     architectures = found.get("architectures") or [ARCHITECTURE]
     if architectures != [ARCHITECTURE]:
-        raise ConfigError(f"{path}: architectures={architectures}: only {ARCHITECTURE} is read")
+        raise WeightsError(f"{path.name}: architectures={architectures}: only {ARCHITECTURE} is read")
     for key, allowed in FIXED.items():
         value = found.get(key, allowed[0])
         if value not in allowed:
-            raise ConfigError(f"{path}: {key}={value}: Gemma 2 has {key}={json.dumps(allowed[0])}")
+            raise WeightsError(f"{path.name}: {key}={value}: Gemma 2 has {key}={json.dumps(allowed[0])}")
     values: dict[str, Any] = {ours: number(path, found, theirs, whole=True) for theirs, ours in WHOLE.items()}
     values |= {ours: number(path, found, theirs) for theirs, ours in REAL.items()}
     scale = number(path, found, "query_pre_attn_scalar") ** -0.5
@@ -65,15 +66,15 @@ def read(folder: Path) -> Model:
     try:
         return Model(name=folder.absolute().name, query_scale=scale, rope_base=base, **values)
     except ConfigError as error:
-        raise ConfigError(f"{path}: makes {error}") from error
+        raise WeightsError(f"{path.name}: makes {error}") from error
 
 
 def number(path: Path, found: dict[str, Any], key: str, *, whole: bool = False) -> Any:
-    """A value above 0. Raises ConfigError where it is missing, null (a cap that is off, say) or something else."""
+    """A value above 0. Raises WeightsError where it is missing, null (a cap that is off, say) or something else."""
     value = found.get(key, "missing")
     ok = isinstance(value, int) or isinstance(value, float) and (not whole or value.is_integer())
     if isinstance(value, bool) or not ok or not value > 0:
-        raise ConfigError(f"{path}: {key}={value}: must be a {'whole ' if whole else ''}number above 0")
+        raise WeightsError(f"{path.name}: {key}={value}: must be a {'whole ' if whole else ''}number above 0")
     return int(value) if whole else float(value)
 
 
@@ -81,9 +82,9 @@ def check_layers(path: Path, found: dict[str, Any], layers: int) -> None:
     """Local and global layers alternate, local first; where the key is absent that is what it means."""
     alternating = [("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)]
     if found.get("layer_types", alternating) not in (alternating, None):
-        raise ConfigError(f"{path}: layer_types={found['layer_types']}: must alternate, sliding_attention first")
+        raise WeightsError(f"{path.name}: layer_types={found['layer_types']}: must alternate, sliding_attention first")
     if layers % 2:
-        raise ConfigError(f"{path}: num_hidden_layers={layers}: must be even (local and global layers alternate)")
+        raise WeightsError(f"{path.name}: num_hidden_layers={layers}: must be even (local and global layers alternate)")
 
 
 def rope_base(path: Path, found: dict[str, Any]) -> float:
@@ -93,7 +94,7 @@ def rope_base(path: Path, found: dict[str, Any]) -> float:
         return float(number(path, found, "rope_theta"))
     kind = rope.get("rope_type", "default") if isinstance(rope, dict) else rope
     if kind != "default":
-        raise ConfigError(f"{path}: rope_parameters: rope_type={kind}: Gemma 2 has the default one")
+        raise WeightsError(f"{path.name}: rope_parameters: rope_type={kind}: Gemma 2 has the default one")
     return float(number(path, rope, "rope_theta"))
 
 
