@@ -21,6 +21,13 @@ def keys_seen(sequence: int, window: int | None) -> int:
     return w * (w + 1) // 2 + (sequence - w) * w
 
 
+def block_pairs(sequence: int, side: int, window: int | None) -> int:
+    """(query, key) pairs in the blocks that a flash kernel visits: all those with a pair that the mask leaves."""
+    blocks = -(-sequence // side)
+    behind = blocks if window is None else -(-(window - 1) // side)  # blocks before a query's own that it may reach
+    return side * side * sum(min(at, behind) + 1 for at in range(blocks))
+
+
 def step_flops(model: Model, batch: int, sequence: int) -> int:
     """Model FLOPs of one training step: 2 per multiply-add, backward twice the forward, nothing for rematerialisation.
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma.attention import soft_cap
+from gemma.sharding import EMBEDDING_AXES, gather, scatter
 
 Arrays = tuple[jax.Array, ...]
 
@@ -16,7 +17,8 @@ Arrays = tuple[jax.Array, ...]
 def cross_entropy_sum(
     x_BTD: jax.Array, embedding_VD: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, *, cap: float, chunk: int
 ) -> jax.Array:
-    """Sum over tokens of weight * -log p(target), float32, in nats. Differentiable in x and the embedding.
+    """Sum over tokens of weight * -log p(target), float32, in nats. Differentiable in x and the embedding, which comes
+    cut along `fsdp` where the program is manual over it.
 
     Time is walked in chunks, so at most [V, B * chunk] logits exist at once. Time is cut, not tokens: the batch stays
     cut over the mesh. Where chunk does not divide T the rest is padded with weight 0.
@@ -28,6 +30,8 @@ def cross_entropy_sum(
 def total(
     cap: float, chunk: int, x_BTD: jax.Array, embedding_VD: jax.Array, target_BT: jax.Array, weight_BT: jax.Array
 ) -> jax.Array:
+    embedding_VD = gather(embedding_VD, EMBEDDING_AXES)
+
     def body(total: jax.Array, xs: Arrays) -> tuple[jax.Array, None]:
         return total + chunk_loss(cap, embedding_VD, *xs)[0], None
 
@@ -37,7 +41,14 @@ def total(
 def forward(
     cap: float, chunk: int, x_BTD: jax.Array, embedding_VD: jax.Array, target_BT: jax.Array, weight_BT: jax.Array
 ) -> tuple[jax.Array, Arrays]:
-    """A sum's gradient is known without its cotangent but for a factor: made here, the logits are still at hand."""
+    """A sum's gradient is known without its cotangent but for a factor: made here, the logits are still at hand.
+
+    The barriers keep arrays of the embedding's size from living longer than this function: gathered only now, not with
+    the lookup; zeros only now; and summed over `fsdp` before the lookup's gradient is added, not after.
+    """
+    zero = jnp.zeros((), embedding_VD.dtype)
+    x_BTD, embedding_VD, zero = jax.lax.optimization_barrier((x_BTD, embedding_VD, zero))
+    embedding_VD = gather(embedding_VD, EMBEDDING_AXES)
 
     def body(carry: Arrays, xs: Arrays) -> tuple[Arrays, jax.Array]:
         total, dembedding_VD = carry
@@ -50,11 +61,11 @@ def forward(
         dembedding_VD += jnp.einsum("VR,RD->VD", d_VR, x_RD)
         return (total + loss, dembedding_VD), jnp.einsum("VR,VD->RD", d_VR, embedding_VD)
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros_like(embedding_VD))
+    start = (jnp.zeros((), jnp.float32), jnp.broadcast_to(zero, embedding_VD.shape))
     (total, dembedding_VD), dx_cRD = jax.lax.scan(body, start, cut(chunk, x_BTD, target_BT, weight_BT))
     B, T, D = x_BTD.shape
     dx_BTD = jnp.moveaxis(dx_cRD.reshape(-1, B, chunk, D), 0, 1).reshape(B, -1, D)[:, :T]
-    return total, (dx_BTD, dembedding_VD)
+    return total, (dx_BTD, jax.lax.optimization_barrier(scatter(dembedding_VD, EMBEDDING_AXES)))
 
 
 def backward(cap: float, chunk: int, grads: Arrays, dtotal: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:

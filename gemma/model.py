@@ -16,7 +16,7 @@ from flax import nnx
 from gemma.attention import attend, rope, soft_cap
 from gemma.blocked import SAVED
 from gemma.config import Model
-from gemma.sharding import gather
+from gemma.sharding import EMBEDDING_AXES, gather, scatter
 
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
@@ -138,6 +138,7 @@ class Gemma(nnx.Module):
     ):
         self.config, self.dtype, self.remat = config, dtype, remat
         self.embedding_VD = weight(rngs, config.width, vocab=config.vocab, width=config.width)
+        assert self.embedding_VD.axes == EMBEDDING_AXES
         self.pairs = Pair(config, platform=platform or jax.default_backend(), rngs=rngs)
         self.final_norm = scale(norm=config.width)
 
@@ -148,11 +149,15 @@ class Gemma(nnx.Module):
         return logits(x_BTD, embedding_VD, self.config.final_cap)
 
     def hidden(self, tokens_BT: jax.Array, segment_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x_BTD after the final norm, and the tied embedding_VD that makes logits of it, in the compute dtype."""
+        """x_BTD after the final norm, and the tied embedding_VD that makes logits of it, in the compute dtype.
+
+        The embedding is still cut along `fsdp`: the loss gathers it by itself, and cuts its gradient before that of
+        the layers is made, which otherwise would all happen beside two more arrays of the embedding's size.
+        """
         dtype = jnp.dtype(self.dtype)
-        embedding_VD = gathered(self.embedding_VD, dtype)
+        embedding_VD = self.embedding_VD[...].astype(dtype)
         # Rounded to the compute dtype as in the released code: sqrt(D) in bfloat16 is not sqrt(D).
-        x_BTD = embedding_VD[tokens_BT] * jnp.asarray(self.config.width**0.5, dtype)
+        x_BTD = lookup(embedding_VD, tokens_BT) * jnp.asarray(self.config.width**0.5, dtype)
         position_BT = positions(segment_BT)
         graph, weights = nnx.split(self.pairs)
 
@@ -163,6 +168,27 @@ class Gemma(nnx.Module):
             body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
         x_BTD, _ = jax.lax.scan(body, x_BTD, weights)
         return rms_norm(x_BTD, self.final_norm[...], self.config.norm_eps), embedding_VD
+
+
+@jax.custom_vjp
+def lookup(embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """x_BTD: the tokens' rows of the embedding, which comes cut along `fsdp` where the program is manual over it."""
+    return gather(embedding_VD, EMBEDDING_AXES)[tokens_BT]
+
+
+def lookup_forward(embedding_VD: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, tuple[jax.Array, int]]:
+    return lookup(embedding_VD, tokens_BT), (tokens_BT, embedding_VD.shape[0])
+
+
+def lookup_backward(residuals: tuple[jax.Array, int], dx_BTD: jax.Array) -> tuple[jax.Array, None]:
+    """By hand for the barrier: the zeros, as large as the embedding, are not to be there before dx is."""
+    tokens_BT, V = residuals
+    dx_BTD, zero = jax.lax.optimization_barrier((dx_BTD, jnp.zeros((), dx_BTD.dtype)))
+    zeros_VD = jnp.broadcast_to(zero, (V, dx_BTD.shape[-1]))
+    return scatter(zeros_VD.at[tokens_BT].add(dx_BTD), EMBEDDING_AXES), None
+
+
+lookup.defvjp(lookup_forward, lookup_backward)
 
 
 def logits(x_BTD: jax.Array, embedding_VD: jax.Array, cap: float) -> jax.Array:

@@ -74,7 +74,8 @@ def kernel(
     )
     segment_BT = jnp.pad(segment_BT, [(0, 0), (0, padded - T)])
     qkv = [heads_first(x) for x in (q_BTNH, k_BTKH, v_BTKH)]
-    out_BNTH = jax.vmap(run)(*qkv, splash.SegmentIds(segment_BT, segment_BT))
+    with jax.named_scope(f"window_{window}"):  # read by gemma.hlo_cost: to the compiler a kernel is a black box
+        out_BNTH = jax.vmap(run)(*qkv, splash.SegmentIds(segment_BT, segment_BT))
     return out_BNTH.transpose(0, 2, 1, 3)[:, :T]
 
 
