@@ -5,33 +5,23 @@ compile again while rank 0 waits in its first collective. Keyed by the source of
 the trace.
 """
 
-import functools
 import hashlib
 import os
 import pickle
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental import serialize_executable
 
-
-@functools.cache
-def source_digest() -> str:
-    """Of every file of this package: a changed line is another program."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+from gemma.versions import packages, source_digest
 
 
 def key(name: str, facts: tuple[Any, ...]) -> str:
     """Names a compiled program by all it depends on; `facts` are the config leaves it was built from."""
     flags = [os.environ.get(v, "") for v in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     devices = [jax.device_count(), jax.local_device_count(), jax.process_count(), jax.process_index()]
-    versions = [metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")]
-    versions.append(jax.devices()[0].client.platform_version)
+    versions = [packages("jax", "jaxlib", "flax", "optax"), jax.devices()[0].client.platform_version]
     numerics = [jax.config.values[v] for v in ("jax_default_matmul_precision", "jax_enable_x64")]
     seen = repr([name, facts, flags, devices, versions, numerics, jax.devices()[0].device_kind, source_digest()])
     return f"{name}-{hashlib.sha256(seen.encode()).hexdigest()[:24]}"

@@ -141,6 +141,7 @@ class Optim:
 @dataclass(frozen=True)
 class Train:
     steps: int
+    tokens: float | None  # of the whole training, for the plan to cost
     batch: int  # sequences a step, over all chips
     seed: int
     dtype: Literal["float32", "bfloat16"]  # compute; master weights are float32
@@ -153,6 +154,7 @@ class Train:
         sizes = ("steps", "batch", "accumulation", "loss_chunk")
         require_at_least("train", {key: getattr(self, key) for key in sizes}, 1)
         require(0 <= self.seed < 2**32, f"train.seed={self.seed}: must be at least 0 and below 2**32")
+        require(self.tokens is None or self.tokens > 0, f"train.tokens={self.tokens}: must be above 0, or null")
         require(self.steps < 2**31, f"train.steps={self.steps}: must be below 2**31")
         require(
             self.batch % self.accumulation == 0,

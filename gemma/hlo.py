@@ -85,7 +85,9 @@ class Module:
 
 def parse(text: str) -> Module:
     computations: dict[str, Computation] = {}
-    entry, name, first, lines = None, None, False, []
+    entry: Computation | None = None
+    name: str | None = None
+    first, lines = False, list[str]()
     for line in text.splitlines():
         if name is None:
             head = HEAD.match(line)

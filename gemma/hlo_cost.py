@@ -5,15 +5,16 @@ Every loop counts as often as it runs. Sources of each number: `Cost`.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from gemma import flops, v5p
-from gemma.hlo import HBM, Computation, Instruction, Module, executed, nested
+from gemma.hlo import HBM, Computation, HloError, Instruction, Module, arrays, executed, nested
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "copy-done"}
+BESIDE = ("copy-start", "async-start", "async-update", "async-done")  # while other things are computed
 # What reads or writes a part of a large array, where only the part moves.
 READS_PART, WRITES_PART = ("dynamic-slice", "slice", "gather"), ("dynamic-update-slice", "scatter")
 
@@ -24,45 +25,58 @@ class Cost:
 
     flops: of matrix products, in fusions too, and of attention kernels by the blocks their mask leaves.
     hbm_bytes: what every fusion, copy and kernel reads and writes of HBM; of a slice only the part.
-    compute_s: the compiler's own `estimated_cycles` where it gives them, else the larger of flops at peak and bytes at
-    full bandwidth. No collective is in it.
-    blind_s: the part of compute_s that is not the compiler's.
-    sent_bytes: {(mesh axes, kind): bytes a device sends}, by the ring algorithm.
+    roofline_s: each instruction's larger time of products and of bytes, at the rates of the compiler's cost model.
+    roofline_once_s: the same with every loop's body counted once and kernels taken for free, as the compiler does.
+    cycles_s: the compiler's `estimated_cycles`; where it gives none, the same larger time at the chip's full rates.
+    sent_bytes: {mesh axes: {kind: bytes a device sends}}, by the ring algorithm.
+    network_s: the time those take one after another, by `bandwidth`.
     """
 
     flops: float
     hbm_bytes: float
-    compute_s: float
-    blind_s: float
-    sent_bytes: dict[tuple[str, str], float]
+    roofline_s: float
+    roofline_once_s: float
+    cycles_s: float
+    sent_bytes: dict[str, dict[str, float]]
+    network_s: float
 
 
-def cost(module: Module, mesh: dict[str, int]) -> Cost:
-    """mesh: axis names and sizes in the order in which devices are numbered."""
-    total_flops = hbm_bytes = compute_s = blind_s = 0.0
-    sent: dict[tuple[str, str], float] = defaultdict(float)
+@dataclass(frozen=True)
+class Place:
+    """Where a device is: its slice, and its coordinates on that slice's torus."""
+
+    slice: int
+    coords: tuple[int, ...]
+
+
+def cost(module: Module, mesh: dict[str, int], places: Sequence[Place]) -> Cost:
+    """mesh: axis names and sizes in the order in which devices are numbered; places: of each of them, in that order."""
+    total_flops = hbm_bytes = roofline_s = roofline_once_s = cycles_s = network_s = 0.0
+    sent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for where, i, times in executed(module):
         if i.opcode in FREE:
             continue
-        pieces = list(nested(module, i))
-        for piece in pieces:
-            if kind := collective_kind(piece):
-                sent[axes_of(piece, mesh), kind] += times * sent_by(piece, kind, where, mesh)
-        if any(collective_kind(piece) for piece in pieces):
-            continue  # its time is the network's
-        work = sum(product_flops(piece, w) for w, piece in with_homes(module, where, i)) + kernel_flops(i)
+        kinds = [(piece, kind) for piece in nested(module, i) if (kind := collective_kind(piece))]
+        for piece, kind in kinds:
+            group = groups_of(piece, len(places))
+            size = times * sent_by(piece, kind, len(group))
+            sent[axes_of(group, mesh)][kind] += size
+            network_s += size / bandwidth([places[device] for device in group], places)
+        work = sum(product_flops(piece, home) for home, piece in with_homes(module, where, i))
+        kernel = kernel_flops(i)
         moved = traffic(module, where, i)
-        total_flops += times * work
+        total_flops += times * (work + kernel)
         hbm_bytes += times * moved
-        if i.opcode in ("copy-start", "async-start", "async-update", "async-done"):
-            continue  # beside the compute
-        if cycles := estimated_cycles(i):
-            compute_s += times * cycles / v5p.CLOCK_HZ
-        else:
-            bound_s = max(work / v5p.FLOPS, moved / v5p.HBM_BYTES_PER_S)
-            compute_s += times * bound_s
-            blind_s += times * bound_s
-    return Cost(total_flops, hbm_bytes, compute_s, blind_s, dict(sent))
+        if i.opcode in BESIDE:
+            continue
+        bytes_s = moved / v5p.COMPILER_BYTES_PER_S
+        roofline_s += times * max((work + kernel) / v5p.COMPILER_FLOPS, bytes_s)
+        roofline_once_s += max(work / v5p.COMPILER_FLOPS, bytes_s)
+        if not kinds:
+            fastest_s = max((work + kernel) / v5p.FLOPS, moved / v5p.HBM_BYTES_PER_S)
+            cycles_s += times * (estimated_cycles(i) / v5p.CLOCK_HZ or fastest_s)
+    by_axes = {axes: dict(kinds) for axes, kinds in sent.items()}
+    return Cost(total_flops, hbm_bytes, roofline_s, roofline_once_s, cycles_s, by_axes, network_s)
 
 
 def with_homes(module: Module, where: Computation, i: Instruction) -> Iterable[tuple[Computation, Instruction]]:
@@ -123,14 +137,15 @@ def kernel_flops(i: Instruction) -> float:
     named = re.search(r"splash_mha_(fwd|dkv)", i.name)
     if i.opcode != "custom-call" or not named:
         return 0.0
-    side = re.search(r'block_q\\*": (\d+)', i.attributes)
+    side = re.search(r'block_q(?:_dkv)?\\*": (\d+)', i.attributes)
     window = re.search(r"window_(\d+|None)/", i.attributes)
-    q = next(a for a in i.arrays if a.dtype in ("bf16", "f32") and len(a.shape) >= 3)
-    N, T, H = q.shape[-3:]
-    assert side and window, i.attributes[:500]
+    if not side or not window:
+        raise HloError(f"{i.name}: an attention kernel without its blocks or its window")
+    taken = arrays(str(i.attribute("operand_layout_constraints")))
+    *heads, T, H = next(a.shape for a in taken if a.dtype in ("bf16", "f32") and len(a.shape) > 2)  # q
     seen = None if window.group(1) == "None" else int(window.group(1))
     products = 2 if named.group(1) == "fwd" else 5  # backward: logits again, and for dv, dp, dk, dq
-    return 2.0 * products * N * H * flops.block_pairs(T, int(side.group(1)), seen)
+    return 2.0 * products * prod(heads) * H * flops.block_pairs(T, int(side.group(1)), seen)
 
 
 def traffic(module: Module, where: Computation, i: Instruction) -> float:
@@ -206,14 +221,13 @@ def groups_of(i: Instruction, devices: int) -> list[int]:
     return group
 
 
-def axes_of(i: Instruction, mesh: dict[str, int]) -> str:
+def axes_of(group: list[int], mesh: dict[str, int]) -> str:
     """The mesh axes along which the members of a group differ, as in "replica+fsdp"."""
-    group = groups_of(i, prod(mesh.values()))
-    places = [place(device, mesh) for device in group]
-    return "+".join(axis for at, axis in enumerate(mesh) if len({p[at] for p in places}) > 1) or "none"
+    found = [coordinates(device, mesh) for device in group]
+    return "+".join(axis for at, axis in enumerate(mesh) if len({c[at] for c in found}) > 1) or "none"
 
 
-def place(device: int, mesh: dict[str, int]) -> tuple[int, ...]:
+def coordinates(device: int, mesh: dict[str, int]) -> tuple[int, ...]:
     found = []
     for size in reversed(mesh.values()):
         device, at = divmod(device, size)
@@ -221,16 +235,30 @@ def place(device: int, mesh: dict[str, int]) -> tuple[int, ...]:
     return tuple(reversed(found))
 
 
-def sent_by(i: Instruction, kind: str, where: Computation, mesh: dict[str, int]) -> float:
-    """Bytes that a device sends, around a ring of the group."""
-    n = len(groups_of(i, prod(mesh.values())))
+def bandwidth(group: list[Place], everyone: Sequence[Place]) -> float:
+    """Bytes a second that a member can send around its group: two links for each torus axis that the group spans.
+
+    One where that axis does not close to a ring: below 4 chips, or where the group has but a part of it.
+    Across slices it is the DCN's.
+    """
+    if len({place.slice for place in group}) > 1:
+        return v5p.DCN_BYTES_PER_S
+    links = 0
+    for axis in range(len(group[0].coords)):
+        spanned = {place.coords[axis] for place in group}
+        whole = 1 + max(place.coords[axis] for place in everyone)
+        if len(spanned) > 1:
+            links += 2 if len(spanned) == whole >= v5p.SMALLEST_RING else 1
+    return max(links, 1) * v5p.ICI_BYTES_PER_S / 6
+
+
+def sent_by(i: Instruction, kind: str, n: int) -> float:
+    """Bytes that each of n devices sends, around their ring."""
     arrays = i.arrays
     if i.opcode.endswith("-start") and kind == "all-gather":  # (operands, results)
         arrays = arrays[len(arrays) // 2 :]
     size = float(sum(a.bytes for a in arrays))
     if kind == "collective-permute":
         return size / (2 if i.opcode.endswith("-start") else 1)
-    if n == 1:
-        return 0.0
     share = {"all-gather": (n - 1) / n, "all-reduce": 2 * (n - 1) / n, "all-to-all": (n - 1) / n}
     return size * (n - 1) if kind == "reduce-scatter" else size * share[kind]

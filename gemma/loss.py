@@ -61,7 +61,7 @@ def forward(
         dembedding_VD += jnp.einsum("VR,RD->VD", d_VR, x_RD)
         return (total + loss, dembedding_VD), jnp.einsum("VR,VD->RD", d_VR, embedding_VD)
 
-    start = (jnp.zeros((), jnp.float32), jnp.broadcast_to(zero, embedding_VD.shape))
+    start: Arrays = (jnp.zeros((), jnp.float32), jnp.broadcast_to(zero, embedding_VD.shape))
     (total, dembedding_VD), dx_cRD = jax.lax.scan(body, start, cut(chunk, x_BTD, target_BT, weight_BT))
     B, T, D = x_BTD.shape
     dx_BTD = jnp.moveaxis(dx_cRD.reshape(-1, B, chunk, D), 0, 1).reshape(B, -1, D)[:, :T]

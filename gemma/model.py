@@ -104,7 +104,9 @@ class Block(nnx.Module):
     def mlp(self, x_BTD: jax.Array) -> jax.Array:
         """GeGLU with the tanh GELU."""
         dtype = x_BTD.dtype
-        gate_BTF, up_BTF = (project(x_BTD, w_DF) for w_DF in gathered(self.gating_P2DF, dtype))
+        # Gathered one by one: a gradient of both would be put together of two, in HBM, before it is scattered.
+        weights = (gather(w_DF, ("width", "hidden")) for w_DF in self.gating_P2DF[...].astype(dtype))
+        gate_BTF, up_BTF = (project(x_BTD, w_DF) for w_DF in weights)
         h_BTF = jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
         return project(h_BTF, gathered(self.down_PFD, dtype))
 

@@ -1,6 +1,7 @@
 """Where every array lives: one table from logical axes to mesh axes, and the mesh itself."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -28,12 +29,13 @@ EMBEDDING_AXES = ("vocab", "width")
 BATCH_AXES = ("replica", "fsdp")  # over these the step is written by hand; over `tensor` XLA partitions it
 
 
-def make_mesh(mesh: Mesh) -> jax.sharding.Mesh:
+def make_mesh(mesh: Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """The device mesh (replica, fsdp, tensor). Replicas take whole slices, so only `replica` crosses the DCN.
 
-    Args: a filled mesh whose product is the number of devices of all processes.
+    Args: a filled mesh whose product is the number of devices; those of all processes if not given.
     """
-    devices = sorted(jax.devices(), key=lambda d: (getattr(d, "slice_index", 0) or 0, d.process_index, d.id))
+    devices = jax.devices() if devices is None else devices
+    devices = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0) or 0, d.process_index, d.id))
     if math.prod(mesh.shape) != len(devices):
         raise ValueError(f"mesh {mesh.shape} wants {math.prod(mesh.shape)} devices, there are {len(devices)}")
     if devices[0].platform == "tpu":  # neighbours on the torus become neighbours in the mesh
@@ -42,9 +44,9 @@ def make_mesh(mesh: Mesh) -> jax.sharding.Mesh:
         slices = len({getattr(d, "slice_index", 0) for d in devices})
         if slices > 1:
             inside = (mesh.replica // slices, mesh.fsdp, mesh.tensor)
-            grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+            grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
         else:
-            grid = mesh_utils.create_device_mesh(mesh.shape, devices)
+            grid = mesh_utils.create_device_mesh(mesh.shape, devices, allow_split_physical_axes=True)
     else:
         grid = np.array(devices).reshape(mesh.shape)
     return jax.sharding.Mesh(grid, ("replica", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
@@ -101,7 +103,7 @@ def stages() -> list[list[list[int]] | None]:
     size = jax.sharding.get_abstract_mesh().shape["fsdp"]
     if size <= LARGEST_GROUP:
         return [None]
-    sizes, rest = [], size
+    sizes, rest = list[int](), size
     while rest > 1:
         last = max((n for n in range(1, LARGEST_GROUP + 1) if rest % n == 0), default=1)
         if last == 1:  # a prime above: there is no other way

@@ -67,7 +67,7 @@ def kernel(
     mask = splash.LocalMask((padded, padded), window_size=(before, 0), offset=0)
     run = splash.make_splash_mha_single_device(
         splash.splash_attention_mask.MultiHeadMask([mask] * N),
-        block_sizes=block_sizes(side),
+        block_sizes=block_sizes(side, padded),
         attn_logits_soft_cap=cap,
         residual_checkpoint_name=SAVED,
         interpret=interpret,
@@ -84,14 +84,18 @@ def block_side(head_size: int) -> int:
     return 1024 if head_size <= 128 else 512
 
 
-def block_sizes(side: int) -> splash.BlockSizes:
-    """Forward and backward alike; the backward makes dq, dk and dv in one pass."""
+def block_sizes(side: int, padded: int) -> splash.BlockSizes:
+    """Of the forward pass, and of the backward one, which makes dq, dk and dv together.
+
+    That writes a dq for each block of keys and sums them at the end: long blocks of keys halve those bytes.
+    """
+    keys = 2 * side if padded % (2 * side) == 0 else side
     return splash.BlockSizes(
         block_q=side,
         block_kv=side,
         block_kv_compute=min(side, 512),
         block_q_dkv=side,
-        block_kv_dkv=side,
+        block_kv_dkv=keys,
         block_kv_dkv_compute=min(side, 512),
         use_fused_bwd_kernel=True,
     )

@@ -64,7 +64,7 @@ def named_model(name: str) -> Model | None:
     known = sorted(path.stem for path in Path(CONF, "model").glob("*.yaml"))
     if name not in known:
         raise ConfigError(f"model={name}: no such choice; allowed: {', '.join(known)}")
-    return Model(**yaml.safe_load(Path(CONF, "model", f"{name}.yaml").read_text()))
+    return Model(**yaml.safe_load(Path(CONF, "model", f"{name}.yaml").read_text())["model"])
 
 
 def work() -> int:

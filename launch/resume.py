@@ -42,6 +42,7 @@ def work() -> int:
             f" allowed: more than {done}, as in train.steps={2 * done}"
         )
     preflight.check(config)
+    preflight.check_fits(config)
     lock = rundir.lock(folder)  # refused here, before anything is written, where another process drives the run
     for item in found:
         print(f"resume: {item}")

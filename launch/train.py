@@ -41,6 +41,7 @@ def train(composed: DictConfig, commanded: float) -> Exit:
     assert isinstance(container, dict)
     config = configs.from_container({str(key): value for key, value in container.items()})
     preflight.check(config)
+    preflight.check_fits(config)
     run_id = config.run.id or rundir.new_id(config.model.name)
     config = configs.with_id(config, run_id, config.run.root)
     with Interrupt() as interrupt:

@@ -44,11 +44,12 @@ class Run:
 class Cluster:
     kind: Literal["local", "ray"]
     slice: str
+    topology: str | None  # AxBxC; None is the slice's usual one
     num_slices: int
     address: str | None  # of a Ray cluster that exists already
 
     def __post_init__(self) -> None:
-        slice_type(self.slice)
+        slice_type(self.slice, self.topology)
         require_at_least("cluster", {"num_slices": self.num_slices}, 1)
         if self.kind == "ray":
             require(self.address is not None, "cluster.address: missing; cluster=ray needs cluster.address=HOST:PORT")
@@ -88,6 +89,17 @@ class Timeout:
 
 
 @dataclass(frozen=True)
+class Planning:
+    search: bool
+    smallest: bool
+    compiles: int
+    skip: bool
+
+    def __post_init__(self) -> None:
+        require_at_least("plan", {"compiles": self.compiles}, 1)
+
+
+@dataclass(frozen=True)
 class Resume:
     allow_data_change: bool
 
@@ -107,11 +119,12 @@ class Config:
     wandb: Wandb
     retry: Retry
     timeout: Timeout
+    plan: Planning
     resume: Resume
 
     @property
     def slice(self) -> Slice:
-        return slice_type(self.cluster.slice)
+        return slice_type(self.cluster.slice, self.cluster.topology)
 
     @property
     def hosts(self) -> int:

@@ -1,15 +1,20 @@
 """What can be refused before anything is started, besides the config itself."""
 
+import math
 import os
 import socket
 from pathlib import Path
 
-from gemma import corpus, flops, tokenizer
+from rich.console import Console
+
+from gemma import analytic, corpus, flops, tokenizer, v5p
 from gemma.config import ConfigError, naming
+from orchestrator import ahead, plan, search
 from orchestrator.config import Config
 
 ANSWER_TIMEOUT_S = 2.0
 MOST_SIMULATED_HOSTS = 64
+FAR_BELOW = 0.25  # of HBM by arithmetic: no compiler is asked
 HOST_BYTES = 300 << 20  # Python, JAX and a Ray node
 
 
@@ -17,6 +22,9 @@ def check(config: Config) -> None:
     """Raises ConfigError. Data, tokenizer and weights are looked at where they are this machine's: elsewhere the hosts
     look.
     """
+    if config.train.tokens is not None:
+        steps = math.ceil(config.train.tokens / (config.train.batch * config.data.sequence))
+        raise ConfigError(f"train.tokens={config.train.tokens:g}: only launch.plan takes it; give train.steps={steps}")
     with naming(f"run.root={config.run.root}"):
         check_directory("run.root", config.run.root)
     if config.cluster.kind == "ray":
@@ -55,6 +63,33 @@ def check_size(config: Config) -> None:
             f" {needed_bytes / 1e9:.0f} GB and this machine has {memory_bytes / 1e9:.0f} GB; a smaller model or slice"
             " fits, or cluster=ray"
         )
+
+
+def check_fits(config: Config) -> None:
+    """Compiles the step for the slices before any is asked for. Raises ConfigError naming what fits, if it does not."""
+    if config.cluster.kind == "local" or config.plan.skip:
+        return
+    if analytic.hbm_bytes(config.program) < FAR_BELOW * v5p.HBM_BYTES:
+        return
+    with Console(stderr=True).status("") as status:
+
+        def tell(what: str, elapsed_s: float) -> None:
+            status.update(f"compiling {what}, to see whether it fits: {elapsed_s:.0f} s")
+
+        try:
+            answer = ahead.ask(config, tell)
+            made = plan.make(config, answer.facts, [], answer.cached)
+            found = None if made.fits else search.nearest(config, tell)
+        except ahead.CompilerError as error:
+            raise ConfigError(f"plan: {error}; plan.skip=true goes on without it") from error
+    if made.fits:
+        return
+    fitting = " ".join(search.overrides(found, [])) if found else "none on this slice; python -m launch.plan has more"
+    shown = " ".join(f"mesh.{axis}={size}" for axis, size in made.mesh.items())
+    raise ConfigError(
+        f"{shown}: needs {made.hbm_bytes.total / 1e9:.1f} GB of {v5p.HBM_BYTES / 1e9:.0f} GB HBM a chip with"
+        f" train.remat={config.train.remat}; nearest that fits: {fitting} (plan.skip=true overrides)"
+    )
 
 
 def check_directory(key: str, root: str) -> None:

@@ -1,6 +1,7 @@
 """TPU v5p slices: what exists, and how many hosts and chips each has. Source: Cloud TPU v5p documentation."""
 
 import math
+import re
 from dataclasses import dataclass
 
 from gemma.config import ConfigError
@@ -34,10 +35,19 @@ class Slice:
     hosts: int
 
 
-def slice_type(name: str) -> Slice:
-    """Raises ConfigError for a name that does not exist."""
+def slice_type(name: str, topology: str | None = None) -> Slice:
+    """Raises ConfigError for a name that does not exist, or a topology that is none of its chips."""
     if name not in TOPOLOGIES:
         raise ConfigError(f"cluster.slice={name}: no such slice; allowed: {', '.join(TOPOLOGIES)}")
     shape = TOPOLOGIES[name]
     chips = math.prod(shape)
-    return Slice(name, "x".join(map(str, shape)), chips, chips // CHIPS_PER_HOST)
+    usual = "x".join(map(str, shape))
+    if topology is None:
+        return Slice(name, usual, chips, chips // CHIPS_PER_HOST)
+    sides = [int(side) for side in topology.split("x")] if re.fullmatch(r"\d{1,3}x\d{1,3}x\d{1,3}", topology) else []
+    whole = len(sides) == 3 and math.prod(sides) == chips
+    cubes = whole and (chips < 64 or all(side % 4 == 0 for side in sides))  # a large slice is made of cubes of 4x4x4
+    if not cubes or (chips < 64 and topology != usual):
+        shapes = f"{usual}, or other AxBxC of {chips} chips, each side a multiple of 4" if chips >= 64 else usual
+        raise ConfigError(f"cluster.topology={topology}: allowed for cluster.slice={name}: {shapes}")
+    return Slice(name, topology, chips, chips // CHIPS_PER_HOST)

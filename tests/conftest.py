@@ -51,6 +51,7 @@ def program() -> Program:
         ),
         train=Train(
             steps=10,
+            tokens=None,
             batch=8,
             seed=0,
             dtype="float32",

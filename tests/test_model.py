@@ -209,4 +209,4 @@ def test_query_scales_are_the_published_ones(name: str, divisor: float) -> None:
 
 
 def published(name: str) -> Model:
-    return Model(**yaml.safe_load((CONF / f"{name}.yaml").read_text()))
+    return Model(**yaml.safe_load((CONF / f"{name}.yaml").read_text())["model"])

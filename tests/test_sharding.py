@@ -26,7 +26,7 @@ Run = Callable[..., np.ndarray]
 
 def parameters_of_27b() -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
     """Shape and logical axes of each."""
-    model = Model(**yaml.safe_load((CONF / "gemma2_27b.yaml").read_text()))
+    model = Model(**yaml.safe_load((CONF / "gemma2_27b.yaml").read_text())["model"])
     state = nnx.state(nnx.eval_shape(lambda: Gemma(model, rngs=nnx.Rngs(0))))
     found = jax.tree.leaves_with_path(state, is_leaf=is_variable)
     return {jax.tree_util.keystr(path): (variable.shape, variable.axes) for path, variable in found}

@@ -30,7 +30,7 @@ def program(model: Model, *, batch: int, sequence: int, dtype: str, remat: str, 
             weight_decay=0.1,
             clip_norm=1.0,
         ),
-        train=Train(100, batch, seed=0, dtype=dtype, accumulation=1, remat=remat, loss_chunk=loss_chunk),  # type: ignore
+        train=Train(100, None, batch, 0, dtype, 1, remat, loss_chunk, None),  # type: ignore
         eval=Eval(every=0, batches=1),
         checkpoint=Checkpoint(every=0, every_minutes=0.0, keep_last=1, keep_every=0),
         profile=Profile(steps=()),

@@ -1,0 +1,153 @@
+"""The train step, compiled for TPUs that are not here, and what the compiler says of it.
+
+python -m gemma.compile_ahead < JOB > FACTS: a process of its own, for libtpu speaks to standard error and may end
+the process. JOB is a pickled `Job`, FACTS the JSON of `Facts`.
+"""
+
+import json
+import math
+import os
+import pickle
+import re
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma import hlo
+from gemma.config import Program
+from gemma.hlo_cost import Cost, Place, cost
+
+QUIET = {  # libtpu looks for a machine's TPUs and its metadata server unless told
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-16",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "JAX_PLATFORMS": "cpu",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no lock: nothing of a TPU is touched
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    program: Program  # its mesh filled
+    topology: str  # of one slice, as in 8x8x8
+    num_slices: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of one chip. Where the program does not fit, only `needed_bytes` and the state's share are known.
+
+    parameters_bytes, optimizer_bytes: what the shardings say. gradients_bytes: what the backward loop stacks, else the
+    parameters' share. activations_bytes: what the forward loop stacks for the backward one. temporary_bytes: all that
+    the compiler sets aside beside arguments. needed_bytes: arguments, temporaries and code.
+    optimal_s: `cost_analysis()["optimal_seconds"]`, which counts a loop's body once and a kernel not at all.
+    """
+
+    fits: bool
+    message: str
+    parameters_bytes: int
+    optimizer_bytes: int
+    needed_bytes: int
+    temporary_bytes: int = 0
+    gradients_bytes: int = 0
+    activations_bytes: int = 0
+    optimal_s: float = 0.0
+    cost: Cost | None = None
+    compile_s: float = 0.0
+
+
+def facts(job: Job) -> Facts:
+    """Compiles. Takes a minute or two for 27B, whatever the number of chips."""
+    from jax.experimental import topologies
+
+    from gemma.sharding import make_mesh
+    from gemma.step import functions
+
+    slices = {"num_slices": job.num_slices} if job.num_slices > 1 else {}
+    described = topologies.get_topology_desc(platform="tpu", topology_name=f"v5p:{job.topology}", **slices)
+    mesh = make_mesh(job.program.mesh, described.devices)
+    step = functions(job.program, mesh)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="plan-") as dump:
+        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+        try:
+            compiled = step.train.lower(step.state, step.batch).compile(compiler_options=options)
+        except Exception as error:
+            needed = out_of_memory(str(error))
+            if needed is None:
+                raise
+            message = str(error).splitlines()[0]
+            return Facts(False, message, held(step.state.params), held(step.state.opt_state), needed)
+        compile_s = time.monotonic() - started
+        (text,) = Path(dump).glob("*jit_update*after_codegen.txt")
+        module = hlo.parse(text.read_text())
+    memory = compiled.memory_analysis()
+    activations, gradients = stacked(module, job.program.model.layers // 2)
+    parameters = held(step.state.params)
+    places = [Place(getattr(d, "slice_index", 0) or 0, tuple(d.coords)) for d in mesh.devices.flat]
+    return Facts(
+        fits=True,
+        message="",
+        parameters_bytes=parameters,
+        optimizer_bytes=held(step.state.opt_state),
+        needed_bytes=memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        activations_bytes=min(activations, memory.temp_size_in_bytes),
+        gradients_bytes=min(gradients or parameters, memory.temp_size_in_bytes),
+        optimal_s=compiled.cost_analysis()["optimal_seconds"],
+        cost=cost(module, dict(mesh.shape), places),
+        compile_s=compile_s,
+    )
+
+
+def held(tree: Any) -> int:
+    """Bytes of a tree of ShapeDtypeStructs that one device holds."""
+    import jax
+
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def out_of_memory(message: str) -> int | None:
+    """The bytes a program needs, of a compiler's refusal: `Used 120.50G of 95.74G hbm`. None for another error."""
+    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    if not found:
+        return None
+    return int(float(found.group(1)) * 1024 ** (" KMGT".index(found.group(2))))
+
+
+def stacked(module: hlo.Module, pairs: int) -> tuple[int, int]:
+    """Bytes that the loops over layer pairs write a pair at a time: forward (kept for backward), and backward."""
+    forward = backward = 0
+    for where, i, _ in hlo.executed(module):
+        if i.opcode != "while" or pairs < 2 or hlo.trip_count(module, where, i) != pairs:
+            continue
+        body = module.computations[str(i.attribute("body"))]
+        written = 0
+        for at, name in enumerate(body.root.operands):
+            same = body.by_name[name].opcode == "get-tuple-element" and body.by_name[name].attribute("index") == str(at)
+            if not same and i.arrays[at].shape[:1] == (pairs,):
+                written += i.arrays[at].bytes
+        if "transpose(" in i.attributes:
+            backward += written
+        else:
+            forward += written
+    return forward, backward
+
+
+def main() -> None:
+    os.environ |= QUIET
+    out, sys.stdout = sys.stdout, sys.stderr
+    job = pickle.load(sys.stdin.buffer)
+    json.dump(asdict(facts(job)), out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""python -m launch.plan key=value ...: whether a run fits its slices and how fast it can be, without any TPU."""
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from gemma.config import ConfigError
+from launch.command import CONF, arguments, main
+from orchestrator import ahead, plan, search
+from orchestrator import config as configs
+
+USAGE = """Compile the train step for TPU v5p on a machine without TPUs: does it fit, how fast can it be.
+
+  python -m launch.plan model=gemma2_27b cluster.slice=v5p-1024 mesh.fsdp=512 data.sequence=8192 train.batch=512
+  python -m launch.plan ... output=json                 JSON on standard output, alone there
+  python -m launch.plan ... train.tokens=13e12          chip-hours and days for so many tokens
+  python -m launch.plan ... plan.search=true            meshes, remat and batch; what the command line gives stays
+  python -m launch.plan ... plan.smallest=true          the smallest slice on which the model fits
+
+Any override of launch.train is one here. Train computes in bfloat16 (train.dtype). An answer is remembered by config
+and versions, in run.cache/plans. Exit code 0 where it fits, 2 where it does not, 1 for a mistake."""
+
+
+def composed(overrides: list[str]) -> configs.Config:
+    with initialize_config_dir(CONF, version_base="1.3"):
+        container = OmegaConf.to_container(compose("plan", overrides), resolve=True)
+    assert isinstance(container, dict)
+    return configs.from_container({str(key): value for key, value in container.items()})
+
+
+def work() -> int:
+    own, overrides = arguments({"output": "text"}, USAGE)
+    if own["output"] not in ("text", "json"):
+        raise ConfigError(f"output={own['output']}: allowed are text and json")
+    console = Console(stderr=True)
+    with console.status("") as status:
+
+        def tell(what: str, elapsed_s: float) -> None:
+            status.update(f"compiling {what}: {elapsed_s:.0f} s (27B takes one to three minutes)")
+
+        try:
+            found = plans(overrides, tell)
+        except ahead.CompilerError as error:
+            status.stop()
+            print(f"plan: {error}", file=sys.stderr)
+            return 2
+    if own["output"] == "json":
+        print(json.dumps(as_json(found), indent=2))
+    else:
+        show(found)
+    return 0 if found[0].fits else 2
+
+
+def plans(overrides: list[str], tell: ahead.Tell) -> list[plan.Plan]:
+    """The best first; one where nothing is searched for."""
+    given = {override.partition("=")[0].lstrip("+") for override in overrides}
+    plain = [o for o in overrides if not o.startswith(("plan.", "train.tokens", "run."))]
+    config = composed(overrides)
+    if config.plan.smallest:
+        return search.smallest(config, given, plain, tell)
+    if config.plan.search:
+        return search.best(config, given, plain, tell)
+    answer = ahead.ask(config, tell)
+    return [plan.make(config, answer.facts, plain, answer.cached)]
+
+
+def as_json(found: list[plan.Plan]) -> dict[str, Any]:
+    best = asdict(found[0])
+    return best | ({"ranking": [asdict(p) for p in found]} if len(found) > 1 else {})
+
+
+def show(found: list[plan.Plan]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=True)
+    if len(found) > 1:
+        console.print(ranking(found))
+    for line in lines(found[0]):
+        console.print(line, markup=False)
+
+
+def ranking(found: list[plan.Plan]) -> Table:
+    table = Table(title=f"{found[0].slice}: what was compiled, the best first")
+    for column in ("fits", "HBM GB", "step s", "MFU", "tokens/s", "overrides"):
+        table.add_column(column, justify="left" if column in ("fits", "overrides") else "right")
+    for p in found:
+        speed = (f"{p.step_s.serial:.2f}", f"{p.mfu:.1%}", f"{p.tokens_per_s:,.0f}") if p.step_s else ("", "", "")
+        table.add_row("yes" if p.fits else "no", f"{p.hbm_bytes.total / 1e9:.1f}", *speed, " ".join(p.overrides))
+    return table
+
+
+def lines(p: plan.Plan) -> list[str]:
+    gb = {name: f"{size / 1e9:.2f}" for name, size in asdict(p.hbm_bytes).items()}
+    slices = f"{p.num_slices} x " if p.num_slices > 1 else ""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in p.mesh.items())
+    limit = p.hbm_limit_bytes / 1e9
+    out = [
+        f"{'fits' if p.fits else 'DOES NOT FIT'}: {gb['total']} GB of {limit:.0f} GB HBM a chip"
+        + (f" ({p.message})" if p.message else ""),
+        f"slice       {slices}{p.slice} ({p.topology}, {p.chips} chips in all), mesh {mesh}",
+        f"parameters  {p.parameters['embedding']:,} embedding, {p.parameters['other']:,} other",
+        f"HBM, GB     parameters {gb['parameters']}, optimizer {gb['optimizer']}, gradients {gb['gradients']},"
+        f" activations {gb['activations']}, workspace {gb['workspace']}",
+    ]
+    if p.step_s and p.mfu and p.tokens_per_s and p.days is not None and p.chip_hours is not None:
+        recomputed = p.flops["hlo"] / p.flops["model"]
+        out.append(f"FLOPs       model {p.flops['model']:.3e}, HLO {p.flops['hlo']:.3e} a step ({recomputed:.2f} x)")
+        for axes, kinds in p.sent_bytes.items():
+            sent = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in kinds.items())
+            out.append(f"sent, GB    over {axes}: {sent} (a chip, a step)")
+        for name, seconds in asdict(p.step_s).items():
+            share = f"MFU {p.mfu_at[name]:.1%}" if name in p.mfu_at else ""
+            out.append(f"step        {MEANING[name]:<46} {seconds:8.4f} s  {share}")
+        out.append(f"speed       {p.tokens_per_s:,.0f} tokens/s at the estimate")
+        out.append(f"cost        {p.chip_hours:,.0f} chip-hours, {p.days:,.2f} days for {p.tokens:.3g} tokens")
+    out.append(f"compiled    {'remembered; took' if p.cached else 'in'} {p.compile_s:.0f} s")
+    out.append(f"run it      python -m launch.train cluster=ray cluster.address=HOST:PORT {' '.join(p.overrides)}")
+    return out
+
+
+MEANING = {
+    "compute": "bound by compute (HLO FLOPs at peak)",
+    "hbm": "bound by HBM (bytes at full bandwidth)",
+    "network": "bound by network (bytes over the links)",
+    "estimate": "the compiler's estimate, without network",
+    "serial": "the same and the network, nothing overlapped",
+    "cycles": "by the code generator's cycles",
+}
+
+if __name__ == "__main__":
+    main("plan", work)

@@ -1,0 +1,126 @@
+"""The best mesh, remat and batch on a slice, and the smallest slice: arithmetic prunes, the compiler decides."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, get_args, get_type_hints
+
+from gemma import analytic, v5p
+from gemma.config import ConfigError, Mesh, Train, check
+from orchestrator import ahead, plan
+from orchestrator.config import Config
+from orchestrator.topology import TOPOLOGIES
+
+REMAT: tuple[Any, ...] = get_args(get_type_hints(Train)["remat"])
+BATCH_A_CHIP = (1, 2, 4, 8)
+TRIES = 3
+REMAT_DISTANCE = 2.0  # another policy is as far as a mesh with one axis halved and another doubled
+MARGIN = 0.25  # by which arithmetic may err about memory
+
+
+def candidates(config: Config, given: set[str]) -> Iterator[Config]:
+    """Every config of the slice that contradicts nothing. What the command line gave stays as it is."""
+    chips, slices = config.chips, config.cluster.num_slices
+    for mesh in meshes(config, given, chips):
+        if mesh.replica % slices:
+            continue
+        for remat in [config.train.remat] if "train.remat" in given else REMAT:
+            shards = mesh.batch_shards
+            for batch in [config.train.batch] if "train.batch" in given else [n * shards for n in BATCH_A_CHIP]:
+                train = replace(config.train, remat=remat, batch=batch)
+                found = replace(config, mesh=mesh, train=train)
+                try:
+                    check(found.program)
+                except ConfigError:
+                    continue
+                yield found
+
+
+def meshes(config: Config, given: set[str], chips: int) -> Iterator[Mesh]:
+    powers = [n for n in range(1, chips + 1) if chips % n == 0]
+    for fsdp in powers:
+        for tensor in (n for n in powers if chips % (fsdp * n) == 0):
+            mesh = Mesh(chips // (fsdp * tensor), fsdp, tensor)
+            fixed = {key: getattr(config.mesh, key) for key in ("replica", "fsdp", "tensor") if f"mesh.{key}" in given}
+            if all(value in (-1, getattr(mesh, key)) for key, value in fixed.items()):
+                yield mesh
+
+
+def likely(config: Config, given: set[str]) -> list[Config]:
+    """What arithmetic says may fit, the fastest a token first."""
+    slices, limit = config.cluster.num_slices, v5p.HBM_BYTES * (1 + MARGIN)
+    found = []
+    for candidate in candidates(config, given):
+        rough = analytic.rough(candidate.program, slices)
+        if rough.hbm_bytes < limit:
+            found.append((rough.step_s / candidate.train.batch, rough.hbm_bytes, candidate))
+    return [candidate for *_, candidate in sorted(found, key=lambda entry: entry[:2])]
+
+
+def best(config: Config, given: set[str], plain: list[str], tell: ahead.Tell) -> list[plan.Plan]:
+    """Compiles plan.compiles of the likeliest that fit, and ranks them by tokens/s with the network unhidden.
+
+    What does not fit rules out what needs more by the same arithmetic. Raises ConfigError where nothing can fit.
+    """
+    found: list[plan.Plan] = []
+    too_much = float("inf")
+    for candidate in likely(config, given):
+        needed = analytic.hbm_bytes(candidate.program)
+        if needed >= too_much:
+            continue
+        answer = ahead.ask(candidate, tell)
+        made = plan.make(candidate, answer.facts, overrides(candidate, plain), answer.cached)
+        found.append(made)
+        if not made.fits:
+            too_much = min(too_much, needed)
+        if sum(p.fits for p in found) >= config.plan.compiles or len(found) >= 3 * config.plan.compiles:
+            break
+    if not found:
+        raise ConfigError(f"cluster.slice={config.cluster.slice}: nothing of {config.model.name} fits by arithmetic")
+    return sorted(found, key=lambda p: (not p.fits, p.step_s.serial / p.batch if p.step_s else 0.0))
+
+
+def smallest(config: Config, given: set[str], plain: list[str], tell: ahead.Tell) -> list[plan.Plan]:
+    """The first slice, from small to large, on which something fits; by the fastest candidates there."""
+    slices = [name for name in TOPOLOGIES if "cluster.slice" not in given or name == config.cluster.slice]
+    for name in slices:
+        there = replace(config, cluster=replace(config.cluster, slice=name, topology=None))
+        if not any(analytic.hbm_bytes(c.program) < v5p.HBM_BYTES * (1 + MARGIN) for c in candidates(there, given)):
+            continue
+        here = [f"cluster.slice={name}", *(o for o in plain if not o.startswith("cluster.slice="))]
+        found = best(there, given, here, tell)
+        if found[0].fits:
+            return found
+    raise ConfigError(f"model={config.model.name}: fits on no slice up to {slices[-1]} with what was given")
+
+
+def nearest(config: Config, tell: ahead.Tell) -> Config | None:
+    """The config most like this one that fits: another mesh, or other remat. None after a few tries."""
+
+    def distance(other: Config) -> float:
+        old, new = config.program.mesh.shape, other.program.mesh.shape
+        moved = sum(abs(math.log2(a / b)) for a, b in zip(old, new, strict=True))
+        return moved + REMAT_DISTANCE * (config.train.remat != other.train.remat)
+
+    limit = min(v5p.HBM_BYTES, analytic.hbm_bytes(config.program))
+    found = candidates(config, {"train.batch"})
+    lighter = [c for c in found if analytic.hbm_bytes(c.program) < limit]
+    for candidate in sorted(lighter, key=distance)[:TRIES]:
+        answer = ahead.ask(candidate, tell)
+        if plan.make(candidate, answer.facts, [], answer.cached).fits:
+            return candidate
+    return None
+
+
+def overrides(config: Config, plain: list[str]) -> list[str]:
+    """The line to paste: what was given, and what was found."""
+    mesh, train = config.mesh, config.train
+    chosen = {
+        "mesh.replica": mesh.replica,
+        "mesh.fsdp": mesh.fsdp,
+        "mesh.tensor": mesh.tensor,
+        "train.batch": train.batch,
+        "train.remat": train.remat,
+    }
+    rest = [o for o in plain if o.partition("=")[0] not in chosen]
+    return [*rest, *(f"{key}={value}" for key, value in chosen.items())]
