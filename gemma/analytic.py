@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gemma import flops, v5p
 from gemma.config import Program
 
-RECOMPUTED = {"none": 0.0, "dots": 0.0, "full": 1.0}  # of the forward products, in the backward pass
+RECOMPUTED = {"none": 0.0, "dots": 0.0, "narrow": 0.5, "full": 1.0}  # of the forward products, in the backward pass
 LAYERS_IN_FLIGHT = 2  # a pair is rematerialised and gathered at once
 
 
@@ -48,8 +48,9 @@ def pair_elements(program: Program, remat: str) -> float:
     """Numbers a token that the forward pass keeps of a pair of layers."""
     model, tensor = program.model, program.mesh.tensor
     D, N, K, H, F = model.width, model.heads, model.kv_heads, model.head_size, model.hidden
-    dots = 2 * ((2 * N * H + 2 * K * H + 2 * F) / tensor + 2 * D)
-    return D + {"full": 0.0, "dots": dots, "none": dots + 2 * (2 * F / tensor + 12 * D)}[remat]
+    narrow = 2 * ((2 * N * H + 2 * K * H) / tensor + 2 * D)
+    dots = narrow + 2 * 2 * F / tensor
+    return D + {"full": 0.0, "narrow": narrow, "dots": dots, "none": dots + 2 * (2 * F / tensor + 12 * D)}[remat]
 
 
 def compute_s(program: Program) -> float:

@@ -5,6 +5,7 @@ B batch, T query time, S key time, N query heads, K kv heads, G = N/K, H head si
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma import blocked
 
@@ -16,15 +17,27 @@ def soft_cap(x: jax.Array, cap: float) -> jax.Array:
     return cap * jnp.tanh(x / cap)
 
 
-def rope(x_BTNH: jax.Array, position_BT: jax.Array, base: float) -> jax.Array:
+def rope(x_BTNH: jax.Array, position_BT: jax.Array, base: float, platform: str) -> jax.Array:
     """Rotary embedding, first half against second half, as in Gemma (arXiv:2104.09864 with split halves)."""
-    half = x_BTNH.shape[-1] // 2
-    timescale = base ** (jnp.arange(half, dtype=jnp.float32) / half)
+    H = x_BTNH.shape[-1]
+    timescale = base ** (jnp.arange(H // 2, dtype=jnp.float32) / (H // 2))
     angle_BT1h = position_BT[:, :, None, None].astype(jnp.float32) / timescale
-    sin, cos = jnp.sin(angle_BT1h), jnp.cos(angle_BT1h)
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BTNH.dtype)
+    sin, cos = (jnp.concatenate([wave, wave], axis=-1) for wave in (jnp.sin(angle_BT1h), jnp.cos(angle_BT1h)))
+    if platform == "tpu":  # lanes do not shift for free: a product with 1 and -1 is exact and rides along
+        turned_BTNH = x_BTNH @ jnp.asarray(quarter_turn(H), x_BTNH.dtype)
+    else:
+        first, second = jnp.split(x_BTNH, 2, axis=-1)
+        turned_BTNH = jnp.concatenate([-second, first], axis=-1)
+    rotated = x_BTNH.astype(jnp.float32) * cos + turned_BTNH.astype(jnp.float32) * sin
+    return rotated.astype(x_BTNH.dtype)
+
+
+def quarter_turn(H: int) -> np.ndarray:
+    """turn_HH: x @ turn is (-second half, first half) of x."""
+    turn_HH = np.zeros((H, H), np.float32)
+    half = np.arange(H // 2)
+    turn_HH[half + H // 2, half], turn_HH[half, half + H // 2] = -1, 1
+    return turn_HH
 
 
 def visible(segment_BT: jax.Array, window: int | None) -> jax.Array:

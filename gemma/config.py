@@ -146,7 +146,7 @@ class Train:
     seed: int
     dtype: Literal["float32", "bfloat16"]  # compute; master weights are float32
     accumulation: int  # microbatches a step
-    remat: Literal["none", "dots", "full"]  # what the backward pass keeps: all, matrix products, layer inputs
+    remat: Literal["none", "dots", "narrow", "full"]  # what the backward pass finds again
     loss_chunk: int  # target positions whose logits exist at a time
     init_from: str | None  # weights to start from: an imported checkpoint, a Hugging Face folder, another run
 

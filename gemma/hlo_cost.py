@@ -26,7 +26,9 @@ class Cost:
     flops: of matrix products, in fusions too, and of attention kernels by the blocks their mask leaves.
     hbm_bytes: what every fusion, copy and kernel reads and writes of HBM; of a slice only the part.
     roofline_s: each instruction's larger time of products and of bytes, at the rates of the compiler's cost model.
-    roofline_once_s: the same with every loop's body counted once and kernels taken for free, as the compiler does.
+    To it a kernel is a black box, so of kernels only the bytes are in it.
+    roofline_once_s: the same with every loop's body counted once, as the compiler does.
+    kernels_s: the products of attention kernels at the chip's peak.
     cycles_s: the compiler's `estimated_cycles`; where it gives none, the same larger time at the chip's full rates.
     sent_bytes: {mesh axes: {kind: bytes a device sends}}, by the ring algorithm.
     network_s: the time those take one after another, by `bandwidth`.
@@ -36,6 +38,7 @@ class Cost:
     hbm_bytes: float
     roofline_s: float
     roofline_once_s: float
+    kernels_s: float
     cycles_s: float
     sent_bytes: dict[str, dict[str, float]]
     network_s: float
@@ -51,7 +54,7 @@ class Place:
 
 def cost(module: Module, mesh: dict[str, int], places: Sequence[Place]) -> Cost:
     """mesh: axis names and sizes in the order in which devices are numbered; places: of each of them, in that order."""
-    total_flops = hbm_bytes = roofline_s = roofline_once_s = cycles_s = network_s = 0.0
+    total_flops = hbm_bytes = roofline_s = roofline_once_s = kernels_s = cycles_s = network_s = 0.0
     sent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for where, i, times in executed(module):
         if i.opcode in FREE:
@@ -70,13 +73,14 @@ def cost(module: Module, mesh: dict[str, int], places: Sequence[Place]) -> Cost:
         if i.opcode in BESIDE:
             continue
         bytes_s = moved / v5p.COMPILER_BYTES_PER_S
-        roofline_s += times * max((work + kernel) / v5p.COMPILER_FLOPS, bytes_s)
+        roofline_s += times * max(work / v5p.COMPILER_FLOPS, bytes_s)
         roofline_once_s += max(work / v5p.COMPILER_FLOPS, bytes_s)
+        kernels_s += times * kernel / v5p.FLOPS
         if not kinds:
             fastest_s = max((work + kernel) / v5p.FLOPS, moved / v5p.HBM_BYTES_PER_S)
             cycles_s += times * (estimated_cycles(i) / v5p.CLOCK_HZ or fastest_s)
     by_axes = {axes: dict(kinds) for axes, kinds in sent.items()}
-    return Cost(total_flops, hbm_bytes, roofline_s, roofline_once_s, cycles_s, by_axes, network_s)
+    return Cost(total_flops, hbm_bytes, roofline_s, roofline_once_s, kernels_s, cycles_s, by_axes, network_s)
 
 
 def with_homes(module: Module, where: Computation, i: Instruction) -> Iterable[tuple[Computation, Instruction]]:

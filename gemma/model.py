@@ -7,23 +7,26 @@ has a leading P. Each parameter is declared once, with its logical axes; `gemma.
 """
 
 import math
+from collections.abc import Iterable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from gemma.attention import attend, rope, soft_cap
 from gemma.blocked import SAVED
 from gemma.config import Model
 from gemma.sharding import EMBEDDING_AXES, gather, scatter
 
+# What the backward pass finds again, by the names given below; the rest it makes anew. The wide products, gate and up,
+# take more memory than all others.
+NARROW = ("rms", "heads", SAVED, "attention_out", "mlp_out")
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(SAVED),  # a kernel's results are no dot
-    ),
+    "dots": jax.checkpoint_policies.save_only_these_names(*NARROW, "wide"),
+    "narrow": jax.checkpoint_policies.save_only_these_names(*NARROW),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -42,7 +45,8 @@ def scale(**dims: int) -> nnx.Param:
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) * (1 + scale) over the last axis, computed in float32, returned in x's dtype."""
     x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    x32 = x32 * checkpoint_name(inverse, "rms")
     return (x32 * (1.0 + scale_D.astype(jnp.float32))).astype(x.dtype)
 
 
@@ -61,6 +65,25 @@ def project(x: jax.Array, weight: jax.Array) -> jax.Array:
     outer = weight.shape[len(inner) :]
     rows = math.prod(inner)
     return (x.reshape(B * T, rows) @ weight.reshape(rows, -1)).reshape(B, T, *outer)
+
+
+@jax.custom_vjp
+def geglu(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+    """GELU of the gate, by tanh, times up."""
+    return jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
+
+
+def geglu_forward(gate_BTF: jax.Array, up_BTF: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return geglu(gate_BTF, up_BTF), (gate_BTF, up_BTF)
+
+
+def geglu_backward(residuals: tuple[jax.Array, jax.Array], dh_BTF: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """By hand for the barrier: both gradients leave the product that makes dh, which is never written itself."""
+    _, vjp = jax.vjp(lambda gate, up: jax.nn.gelu(gate, approximate=True) * up, *residuals)
+    return jax.lax.optimization_barrier(vjp(dh_BTF))
+
+
+geglu.defvjp(geglu_forward, geglu_backward)
 
 
 class Block(nnx.Module):
@@ -86,29 +109,36 @@ class Block(nnx.Module):
         norm = partial(rms_norm, eps=self.config.norm_eps)
         pre_attention, post_attention, pre_mlp, post_mlp = self.norms_P4D[...]
         y_BTD = self.attention(norm(x_BTD, pre_attention), segment_BT, position_BT)
+        y_BTD = checkpoint_name(y_BTD, "attention_out")
         x_BTD = x_BTD + norm(y_BTD, post_attention)
-        y_BTD = self.mlp(norm(x_BTD, pre_mlp))
+        y_BTD = checkpoint_name(self.mlp(norm(x_BTD, pre_mlp)), "mlp_out")
         return x_BTD + norm(y_BTD, post_mlp)
 
     def attention(self, x_BTD: jax.Array, segment_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
         c, dtype = self.config, x_BTD.dtype
         q_BTNH = project(x_BTD, gathered(self.q_PDNH, dtype))
-        k_BTKH, v_BTKH = (project(x_BTD, w_DKH) for w_DKH in gathered(self.kv_P2DKH, dtype))
-        q_BTNH = rope(q_BTNH, position_BT, c.rope_base) * jnp.asarray(c.query_scale, dtype)
-        k_BTKH = rope(k_BTKH, position_BT, c.rope_base)
+        k_BTKH, v_BTKH = (project(x_BTD, w_DKH) for w_DKH in self.both(self.kv_P2DKH, dtype))
+        q_BTNH = rope(q_BTNH, position_BT, c.rope_base, self.platform) * jnp.asarray(c.query_scale, dtype)
+        k_BTKH = rope(k_BTKH, position_BT, c.rope_base, self.platform)
+        q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(x, "heads") for x in (q_BTNH, k_BTKH, v_BTKH))
         out_BTNH = attend(
             q_BTNH, k_BTKH, v_BTKH, segment_BT, window=self.window, cap=c.attention_cap, platform=self.platform
         )
         return project(out_BTNH, gathered(self.o_PNHD, dtype))
 
     def mlp(self, x_BTD: jax.Array) -> jax.Array:
-        """GeGLU with the tanh GELU."""
         dtype = x_BTD.dtype
-        # Gathered one by one: a gradient of both would be put together of two, in HBM, before it is scattered.
-        weights = (gather(w_DF, ("width", "hidden")) for w_DF in self.gating_P2DF[...].astype(dtype))
-        gate_BTF, up_BTF = (project(x_BTD, w_DF) for w_DF in weights)
-        h_BTF = jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
-        return project(h_BTF, gathered(self.down_PFD, dtype))
+        weights = self.both(self.gating_P2DF, dtype)
+        gate_BTF, up_BTF = (checkpoint_name(project(x_BTD, w_DF), "wide") for w_DF in weights)
+        return project(geglu(gate_BTF, up_BTF), gathered(self.down_PFD, dtype))
+
+    def both(self, param: nnx.Param, dtype: jnp.dtype) -> Iterable[jax.Array]:
+        """The two weights that share an array. On TPU they are gathered one by one: the gradient of both would be put
+        together of two in HBM before it is scattered. Elsewhere together: there a collective costs more than that.
+        """
+        if self.platform != "tpu":
+            return gathered(param, dtype)
+        return [gather(half, param.axes[1 - param.ndim :]) for half in param[...].astype(dtype)]
 
 
 class Pair(nnx.Module):

@@ -126,9 +126,10 @@ MEANING = {
     "compute": "bound by compute (HLO FLOPs at peak)",
     "hbm": "bound by HBM (bytes at full bandwidth)",
     "network": "bound by network (bytes over the links)",
-    "estimate": "the compiler's estimate, without network",
-    "serial": "the same and the network, nothing overlapped",
-    "cycles": "by the code generator's cycles",
+    "estimate": "the compiler's estimate",
+    "kernels": "attention kernels, which it does not see",
+    "serial": "both and the network, nothing overlapped",
+    "cycles": "the code generator's cycles and kernels",
 }
 
 if __name__ == "__main__":

@@ -25,15 +25,17 @@ class Hbm:
 class StepTime:
     """Seconds of a step. compute, hbm and network are bounds: the work over what the chip can do at most.
 
-    estimate is the compiler's own cost model with loops counted as often as they run. Collectives are not in it:
-    where nothing overlaps, a step takes estimate + network (`serial`). cycles is the sum of the cycles that the
-    compiler's code generator expects of each fusion, a harsher judge of the same program.
+    estimate is the compiler's own cost model (`cost_analysis()["optimal_seconds"]`) with loops counted as often as they
+    run. It is blind to what a kernel computes and to the network; serial adds both, nothing overlapped. cycles is the
+    sum of the cycles that the compiler's code generator expects of each fusion, kernels at peak, no network: a harsher
+    judge of the same program.
     """
 
     compute: float
     hbm: float
     network: float
     estimate: float
+    kernels: float
     serial: float
     cycles: float
 
@@ -76,7 +78,11 @@ def make(config: Config, facts: dict[str, Any], overrides: list[str], cached: bo
     hbm = Hbm(**named, workspace=max(total - sum(named.values()), 0), total=total)
     fits = facts["fits"] and total <= v5p.HBM_BYTES
     step = step_time(facts) if facts["fits"] else None
-    mfu_at = {k: step_flops / (chips * v5p.FLOPS * s) for k, s in vars(step).items() if s > 0} if step else {}
+    mfu_at = (
+        {k: step_flops / (chips * v5p.FLOPS * s) for k, s in vars(step).items() if s > 0 and k != "kernels"}
+        if step
+        else {}
+    )
     tokens_a_step = program.train.batch * program.data.sequence
     tokens = program.train.tokens or float(program.train.steps * tokens_a_step)
     seconds = tokens / tokens_a_step * step.estimate if step else None
@@ -116,6 +122,7 @@ def step_time(facts: dict[str, Any]) -> StepTime:
         hbm=cost["hbm_bytes"] / v5p.HBM_BYTES_PER_S,
         network=cost["network_s"],
         estimate=estimate,
-        serial=estimate + cost["network_s"],
+        kernels=cost["kernels_s"],
+        serial=estimate + cost["kernels_s"] + cost["network_s"],
         cycles=cost["cycles_s"],
     )

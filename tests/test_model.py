@@ -176,11 +176,19 @@ def test_positions_restart_with_each_document() -> None:
     np.testing.assert_array_equal(positions(segment_BT), want)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rope_turns_alike_on_every_platform(dtype: jnp.dtype) -> None:
+    x_BTNH = jnp.asarray(np.random.default_rng(5).normal(size=(2, 7, 3, 16)), dtype)
+    position_BT = jnp.arange(14).reshape(2, 7)
+    tpu, cpu = (rope(x_BTNH, position_BT, 10000.0, platform) for platform in ("tpu", "cpu"))
+    np.testing.assert_array_equal(tpu, cpu)
+
+
 def test_rope_keeps_products_that_are_equally_far_apart() -> None:
     q, k = np.random.default_rng(4).normal(size=(2, 1, 1, 1, 8))
 
     def product(t: int, s: int) -> float:
-        turned = [rope(jnp.asarray(x), jnp.asarray([[at]]), 10000.0) for x, at in ((q, t), (k, s))]
+        turned = [rope(jnp.asarray(x), jnp.asarray([[at]]), 10000.0, "cpu") for x, at in ((q, t), (k, s))]
         return float(jnp.sum(turned[0] * turned[1]))
 
     assert product(9, 4) == pytest.approx(product(5, 0), abs=1e-5)

@@ -100,6 +100,6 @@ def test_accumulation_changes_no_step(run: Run) -> None:
     np.testing.assert_allclose(run(Mesh(2, 2, 2), accumulation=2), run(ONE_DEVICE), rtol=1e-4)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "narrow", "dots"])
 def test_rematerialisation_changes_no_step(run: Run, remat: str) -> None:
     np.testing.assert_allclose(run(ONE_DEVICE, remat=remat), run(ONE_DEVICE), rtol=1e-4)
