@@ -70,13 +70,11 @@ def cost(module: Module, mesh: dict[str, int], places: Sequence[Place]) -> Cost:
         moved = traffic(module, where, i)
         total_flops += times * (work + kernel)
         hbm_bytes += times * moved
-        if i.opcode in BESIDE:
-            continue
         bytes_s = moved / v5p.COMPILER_BYTES_PER_S
         roofline_s += times * max(work / v5p.COMPILER_FLOPS, bytes_s)
         roofline_once_s += max(work / v5p.COMPILER_FLOPS, bytes_s)
         kernels_s += times * kernel / v5p.FLOPS
-        if not kinds:
+        if not kinds and i.opcode not in BESIDE:
             fastest_s = max((work + kernel) / v5p.FLOPS, moved / v5p.HBM_BYTES_PER_S)
             cycles_s += times * (estimated_cycles(i) / v5p.CLOCK_HZ or fastest_s)
     by_axes = {axes: dict(kinds) for axes, kinds in sent.items()}
@@ -154,33 +152,39 @@ def kernel_flops(i: Instruction) -> float:
 
 def traffic(module: Module, where: Computation, i: Instruction) -> float:
     """Bytes of HBM read and written by one run of an instruction."""
+    if i.opcode == "custom-call" and "AllocateBuffer" in i.attributes:
+        return 0.0
     if i.opcode in READS_PART:
         return 2 * sum(a.bytes for a in i.arrays if a.space == HBM)
     if i.opcode in WRITES_PART:
         return 2 * where.by_name[i.operands[1]].arrays[0].bytes
     if i.opcode == "copy-start":  # (target, source, flag)
         return float(sum(a.bytes for a in i.arrays[:2] if a.space == HBM))
-    written = float(sum(a.bytes for a in i.arrays if a.space == HBM))
     inner = module.computations[str(i.attribute("calls"))] if i.opcode == "fusion" else None
-    if inner and (update := in_place(inner)):
-        written = float(update)
+    updates = updates_in_place(inner, len(i.arrays)) if inner else [None] * len(i.arrays)
+    results = [update or a.bytes for a, update in zip(i.arrays, updates, strict=True) if a.space == HBM]
+    written = float(sum(results))
     read = 0.0
     for at, name in enumerate(i.operands):
         source = where.by_name[name]
         whole = sum(a.bytes for a in source.arrays if a.space == HBM)
-        read += min(whole, part_read(inner, at)) if inner and whole else whole
+        read += min(whole, part_read(module, inner, at)) if inner and whole else whole
     return read + written
 
 
-def in_place(inner: Computation) -> int:
-    """Bytes of what a fusion that ends in an update in place writes; 0 for another fusion."""
-    root = inner.root
-    while root.opcode == "bitcast":
-        root = inner.by_name[root.operands[0]]
-    return inner.by_name[root.operands[1]].arrays[0].bytes if root.opcode in WRITES_PART else 0
+def updates_in_place(inner: Computation, results: int) -> list[int | None]:
+    """For each result of a fusion the bytes that an update in place writes; None where the whole result is written."""
+    ends = inner.root.operands if inner.root.opcode == "tuple" else (inner.root.name,)
+    found: list[int | None] = []
+    for name in ends:
+        end = inner.by_name[name]
+        while end.opcode == "bitcast":
+            end = inner.by_name[end.operands[0]]
+        found.append(inner.by_name[end.operands[1]].arrays[0].bytes if end.opcode in WRITES_PART else None)
+    return found if len(found) == results else [None] * results
 
 
-def part_read(inner: Computation, at: int) -> float:
+def part_read(module: Module, inner: Computation, at: int) -> float:
     """Bytes that a fusion reads of its operand number `at`: where only slices are used, only those."""
     if at >= len(inner.parameters):
         return float("inf")
@@ -192,6 +196,9 @@ def part_read(inner: Computation, at: int) -> float:
                 continue
             if user.opcode == "bitcast":
                 names.append(user.name)
+            elif user.opcode == "fusion":
+                within = module.computations[str(user.attribute("calls"))]
+                total += sum(part_read(module, within, k) for k, used in enumerate(user.operands) if used == name)
             elif user.opcode in READS_PART and user.operands[0] == name:
                 total += user.arrays[0].bytes
             elif not (user.opcode in WRITES_PART and user.operands[0] == name):

@@ -31,7 +31,9 @@ def composed(overrides: list[str]) -> configs.Config:
     with initialize_config_dir(CONF, version_base="1.3"):
         container = OmegaConf.to_container(compose("plan", overrides), resolve=True)
     assert isinstance(container, dict)
-    return configs.from_container({str(key): value for key, value in container.items()})
+    sections = {str(key): value for key, value in container.items()}
+    config = configs.crossed(sections)
+    return config if config.plan.search or config.plan.smallest else configs.from_container(sections)
 
 
 def work() -> int:

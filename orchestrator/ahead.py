@@ -89,9 +89,9 @@ def compiled(config: Config, log: Path, tell: Tell) -> str:
                 time.sleep(POLL_S)
         finally:
             process.kill()
+            log.with_suffix(".out").unlink()  # it stays open here
         out.seek(0)
         text = out.read().decode()
-    log.with_suffix(".out").unlink()
     if process.returncode:
         raise CompilerError(f"the compiler ended with {process.returncode}; its story is in {log}")
     log.unlink()

@@ -151,6 +151,19 @@ class Config:
 
 def from_container(container: Mapping[str, Any]) -> Config:
     """The border. Raises ConfigError naming the key, what came and what is allowed."""
+    config = crossed(container)
+    program = config.program
+    check(program)
+    slices, replica = config.cluster.num_slices, program.mesh.replica
+    require(
+        replica % slices == 0,
+        f"mesh.replica={replica}: must be a multiple of cluster.num_slices={slices} (fsdp and tensor stay in a slice)",
+    )
+    return config
+
+
+def crossed(container: Mapping[str, Any]) -> Config:
+    """The same, each section by itself: a search has yet to find a mesh and a batch that go together."""
     hints = dict(typed_keys(Config))
     for key, value in flatten(container).items():
         if key not in hints:
@@ -164,20 +177,12 @@ def from_container(container: Mapping[str, Any]) -> Config:
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}={value}: must be finite")
     try:
-        config = dacite.from_dict(Config, container, dacite.Config(strict=True, cast=[tuple]))
+        return dacite.from_dict(Config, container, dacite.Config(strict=True, cast=[tuple]))
     except dacite.MissingValueError as error:
         raise ConfigError(f"{error.field_path}: missing") from error
     except dacite.WrongTypeError as error:
         allowed = describe(error.field_type)
         raise ConfigError(f"{error.field_path}={error.value}: must be {allowed}") from error
-    program = config.program
-    check(program)
-    slices, replica = config.cluster.num_slices, program.mesh.replica
-    require(
-        replica % slices == 0,
-        f"mesh.replica={replica}: must be a multiple of cluster.num_slices={slices} (fsdp and tensor stay in a slice)",
-    )
-    return config
 
 
 def describe(kind: Any) -> str:

@@ -13,7 +13,8 @@ from orchestrator.topology import TOPOLOGIES
 
 REMAT: tuple[Any, ...] = get_args(get_type_hints(Train)["remat"])
 BATCH_A_CHIP = (1, 2, 4, 8)
-TRIES = 3
+TRIES = 4
+CLEARLY_LESS = 0.75  # the next try after one that did not fit
 REMAT_DISTANCE = 2.0  # another policy is as far as a mesh with one axis halved and another doubled
 MARGIN = 0.25  # by which arithmetic may err about memory
 
@@ -102,13 +103,16 @@ def nearest(config: Config, tell: ahead.Tell) -> Config | None:
         moved = sum(abs(math.log2(a / b)) for a, b in zip(old, new, strict=True))
         return moved + REMAT_DISTANCE * (config.train.remat != other.train.remat)
 
-    limit = min(v5p.HBM_BYTES, analytic.hbm_bytes(config.program))
-    found = candidates(config, {"train.batch"})
-    lighter = [c for c in found if analytic.hbm_bytes(c.program) < limit]
-    for candidate in sorted(lighter, key=distance)[:TRIES]:
+    too_much = min(v5p.HBM_BYTES, CLEARLY_LESS * analytic.hbm_bytes(config.program))
+    tried = 0
+    for candidate in sorted(candidates(config, {"train.batch"}), key=distance):
+        needed = analytic.hbm_bytes(candidate.program)
+        if needed >= too_much or tried == TRIES:
+            continue
         answer = ahead.ask(candidate, tell)
         if plan.make(candidate, answer.facts, [], answer.cached).fits:
             return candidate
+        too_much, tried = CLEARLY_LESS * needed, tried + 1
     return None
 
 

@@ -1,4 +1,4 @@
-"""Compiled programs read back: what runs how often, what it multiplies, moves and sends. On text, without a compiler."""
+"""Compiled programs read back: what runs how often, what it multiplies, moves and sends."""
 
 import itertools
 
@@ -25,7 +25,7 @@ LOOP = """HloModule jit_update, is_scheduled=true
   %x = bf16[512,256]{1,0} get-tuple-element(%arg), index=1
   %w = bf16[23,256,128]{2,1,0} get-tuple-element(%arg), index=2
   %last = s32[] get-tuple-element(%arg), index=3
-  %y = bf16[512,128]{1,0} fusion(%x, %w, %at), kind=kOutput, calls=%fused_product, backend_config={"window_config":{"estimated_cycles":"1750"}}
+  %y = bf16[512,128]{1,0} fusion(%x, %w, %at), calls=%fused_product, config={"estimated_cycles":"1750"}
   %sum = bf16[512,128]{1,0} all-reduce(%y), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
   %one = s32[] constant(1)
   %next = s32[] add(%at, %one)
