@@ -82,17 +82,18 @@ def best(config: Config, given: set[str], plain: list[str], tell: ahead.Tell) ->
 
 
 def smallest(config: Config, given: set[str], plain: list[str], tell: ahead.Tell) -> list[plan.Plan]:
-    """The first slice, from small to large, on which something fits; by the fastest candidates there."""
-    slices = [name for name in TOPOLOGIES if "cluster.slice" not in given or name == config.cluster.slice]
-    for name in slices:
+    """The first slice, from small to large, on which something fits: what by arithmetic needs least there."""
+    for name in TOPOLOGIES:
         there = replace(config, cluster=replace(config.cluster, slice=name, topology=None))
-        if not any(analytic.hbm_bytes(c.program) < v5p.HBM_BYTES * (1 + MARGIN) for c in candidates(there, given)):
+        least = min(candidates(there, given), key=lambda c: analytic.hbm_bytes(c.program), default=None)
+        if least is None or analytic.hbm_bytes(least.program) > v5p.HBM_BYTES * (1 + MARGIN):
             continue
+        answer = ahead.ask(least, tell)
         here = [f"cluster.slice={name}", *(o for o in plain if not o.startswith("cluster.slice="))]
-        found = best(there, given, here, tell)
-        if found[0].fits:
-            return found
-    raise ConfigError(f"model={config.model.name}: fits on no slice up to {slices[-1]} with what was given")
+        made = plan.make(least, answer.facts, overrides(least, here), answer.cached)
+        if made.fits:
+            return [made]
+    raise ConfigError(f"model={config.model.name}: fits on no slice up to {name} with what was given")
 
 
 def nearest(config: Config, tell: ahead.Tell) -> Config | None:
