@@ -4,11 +4,13 @@ python -m gemma.compile_ahead < JOB > FACTS: a process of its own, for libtpu sp
 the process. JOB is a pickled `Job`, FACTS the JSON of `Facts`.
 """
 
+import ctypes
 import json
 import math
 import os
 import pickle
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -20,6 +22,7 @@ from gemma import hlo
 from gemma.config import Program
 from gemma.hlo_cost import Cost, Place, cost
 
+PR_SET_PDEATHSIG = 1  # prctl, Linux
 QUIET = {  # libtpu looks for a machine's TPUs and its metadata server unless told
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -144,6 +147,7 @@ def stacked(module: hlo.Module, pairs: int) -> tuple[int, int]:
 
 def main() -> None:
     os.environ |= QUIET
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # whoever asked is gone: nobody waits for the answer
     out, sys.stdout = sys.stdout, sys.stderr
     job = pickle.load(sys.stdin.buffer)
     json.dump(asdict(facts(job)), out)

@@ -83,7 +83,11 @@ def work() -> int:
     if tokenizer and not tokenizer.is_dir():
         raise ConfigError(f"tokenizer={own['tokenizer']}: no such folder")
     one_heap()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop leaves by the way that cleans up
+    for stop in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # a stop leaves by the way that cleans up, from a shell's background too
+        signal.signal(stop, signal.default_int_handler)
     try:
         return convert(own, named_model(own["model"]), target, step, vocab, int((shard_gb or 5) * 1e9), tokenizer)
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """python -m launch.plan key=value ...: whether a run fits its slices and how fast it can be, without any TPU."""
 
 import json
+import signal
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -40,6 +41,7 @@ def work() -> int:
     own, overrides = arguments({"output": "text"}, USAGE)
     if own["output"] not in ("text", "json"):
         raise ConfigError(f"output={own['output']}: allowed are text and json")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the compiler is stopped too
     console = Console(stderr=True)
     with console.status("") as status:
 

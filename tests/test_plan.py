@@ -1,13 +1,16 @@
 """launch.plan: the real step compiled for slices that are not here; what it says, and what launch.train makes of it."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from gemma import analytic, v5p
@@ -249,6 +252,21 @@ def test_a_torn_answer_is_asked_for_anew(compiled: tuple[Path, dict[str, Any]]) 
     remembered.write_text(whole[: len(whole) // 2])
     done = command(*SMALL, f"run.cache={cache}", "output=json")
     assert json.loads(done.stdout)["hbm_bytes"] == first["hbm_bytes"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_plan_that_is_stopped_leaves_no_compiler_and_no_answer(how: signal.Signals, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "launch.plan", *SMALL, f"run.cache={tmp_path}"]
+    with subprocess.Popen(line, cwd=TOP, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        deadline = time.monotonic() + 60
+        while not (children := psutil.Process(process.pid).children()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(how)
+        process.wait(timeout=30)
+    assert psutil.wait_procs(children, timeout=30)[1] == []
+    assert not list((tmp_path / "plans").glob("*.json"))
 
 
 @pytest.mark.parametrize(
