@@ -93,7 +93,7 @@ def parse(text: str) -> Module:
             head = HEAD.match(line)
             if head and line.endswith("{"):
                 name, first, lines = head.group(2), bool(head.group(1)), []
-        elif line == "}":
+        elif line == "}" or line.startswith("}, execution_thread"):
             computations[name] = Computation(name, tuple(instruction(text) for text in lines))
             entry, name = computations[name] if first else entry, None
         elif START.match(line):
@@ -160,8 +160,7 @@ def inside(module: Module, where: Computation, times: int) -> Iterator[tuple[Com
             yield from inside(module, body, times * trip_count(module, where, i))
         elif i.opcode in ("call", "conditional", "async-start"):
             for name in CALLED.findall(i.attributes):
-                if called := module.computations.get(name.lstrip("%")):  # the sparse cores' are not written out
-                    yield from inside(module, called, times)
+                yield from inside(module, module.computations[name.lstrip("%")], times)
         yield where, i, times
 
 

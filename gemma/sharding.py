@@ -72,7 +72,7 @@ def gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     Outside a function that is manual over `fsdp` (one device, a notebook) the weight is whole already.
     """
     if (dim := fsdp_dim(axes)) is not None:
-        for groups in stages():
+        for groups in stages(fsdp_size()):
             x = jax.lax.all_gather(x, "fsdp", axis=dim, tiled=True, axis_index_groups=groups)
     return x
 
@@ -80,7 +80,7 @@ def gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 def scatter(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """The reverse of `gather`: of what every device holds whole, each gets its part of the sum over `fsdp`."""
     if (dim := fsdp_dim(axes)) is not None:
-        for groups in reversed(stages()):
+        for groups in reversed(stages(fsdp_size())):
             x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=dim, tiled=True, axis_index_groups=groups)
     return x
 
@@ -92,27 +92,28 @@ def fsdp_dim(axes: tuple[str, ...]) -> int | None:
     return dims[0] if dims and manual_here else None
 
 
-LARGEST_GROUP = 64  # of 512 chips the TPU compiler gathers by an all-reduce over zeros: twice the bytes, and a copy
+def fsdp_size() -> int:
+    return jax.sharding.get_abstract_mesh().shape["fsdp"]
 
 
-def stages() -> list[list[list[int]] | None]:
-    """The groups that gather in turn: first small ones of neighbours, last a large one that moves nearly all bytes.
+# Over all chips of a torus the TPU compiler gathers by an all-reduce over zeros: twice the bytes, and a copy. Over any
+# part of them it does not. From 4x4x4 up a slice is a torus.
+SMALLEST_TORUS = 64
+LARGEST_GROUP = 64
 
-    Neighbours along `fsdp` first, then each with its like of the other groups, so the parts end up in order.
+
+def stages(size: int) -> list[list[list[int]] | None]:
+    """The groups of `size` devices that gather in turn; None is all of them at once.
+
+    Neighbours first, then each with its like of the other groups, in large groups that move nearly all bytes: so the
+    parts end up in order.
     """
-    size = jax.sharding.get_abstract_mesh().shape["fsdp"]
-    if size <= LARGEST_GROUP:
+    last = max(n for n in range(1, LARGEST_GROUP + 1) if size % n == 0 and 4 * n <= max(size, 4))
+    if size < SMALLEST_TORUS or last == 1:
         return [None]
-    sizes, rest = list[int](), size
-    while rest > 1:
-        last = max((n for n in range(1, LARGEST_GROUP + 1) if rest % n == 0), default=1)
-        if last == 1:  # a prime above: there is no other way
-            last = rest
-        sizes.insert(0, last)
-        rest //= last
     found: list[list[list[int]] | None] = []
     stride = 1
-    for n in sizes:
+    for n in (size // last, last):
         starts = [s for s in range(size) if s // stride % n == 0]
         found.append([[start + stride * k for k in range(n)] for start in starts])
         stride *= n

@@ -1,5 +1,8 @@
 """Where parameters live, and that where they live changes no loss."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -14,7 +17,7 @@ from flax import nnx
 from gemma import data
 from gemma.config import Mesh, Model, Program
 from gemma.model import Gemma
-from gemma.sharding import RULES, make_mesh, spec
+from gemma.sharding import RULES, make_mesh, spec, stages
 from gemma.step import functions, is_variable
 from gemma.tokenizer import BOS, PAD
 
@@ -103,3 +106,42 @@ def test_accumulation_changes_no_step(run: Run) -> None:
 @pytest.mark.parametrize("remat", ["full", "narrow", "dots"])
 def test_rematerialisation_changes_no_step(run: Run, remat: str) -> None:
     np.testing.assert_allclose(run(ONE_DEVICE, remat=remat), run(ONE_DEVICE), rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [8, 64, 67, 96, 128, 512, 768, 1024, 6144])
+def test_gathered_in_stages_the_parts_end_up_in_order(size: int) -> None:
+    held = [[device] for device in range(size)]
+    for groups in stages(size):
+        for group in groups or [list(range(size))]:
+            together = [part for device in group for part in held[device]]
+            for device in group:
+                held[device] = together
+    assert all(parts == list(range(size)) for parts in (held[0], held[-1], held[size // 2]))
+
+
+@pytest.mark.parametrize("size", [64, 128, 512, 1024, 6144])
+def test_no_stage_spans_a_whole_torus(size: int) -> None:
+    assert all(groups and max(len(group) for group in groups) < size for groups in stages(size))
+
+
+STAGED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, PartitionSpec as P
+from gemma.sharding import gather, scatter
+mesh = jax.make_mesh((1, 64, 1), ("replica", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+axes, x_VD = ("vocab", "width"), jnp.arange(3 * 128.0).reshape(3, 128)
+by_hand = lambda f, out: jax.shard_map(f, mesh=mesh, in_specs=P(None, "fsdp"), out_specs=out, axis_names={"fsdp"},
+                                       check_vma=False)
+whole = jax.jit(by_hand(lambda x: gather(x, axes), P()))(x_VD)
+np.testing.assert_array_equal(whole, x_VD)
+summed = jax.jit(by_hand(lambda x: scatter(gather(x, axes), axes), P(None, "fsdp")))(x_VD)
+np.testing.assert_array_equal(summed, 64 * x_VD)
+slope = jax.jit(by_hand(jax.grad(lambda x: jnp.sum(gather(x, axes) ** 2) / 64), P(None, "fsdp")))(x_VD)
+np.testing.assert_array_equal(slope, 2 * x_VD)
+"""
+
+
+def test_64_devices_gather_and_scatter_in_stages() -> None:
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=64", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", STAGED], cwd=CONF.parents[1], env=os.environ | flags, timeout=120)
+    assert done.returncode == 0
