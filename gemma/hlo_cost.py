@@ -61,10 +61,12 @@ def cost(module: Module, mesh: dict[str, int], places: Sequence[Place]) -> Cost:
             continue
         kinds = [(piece, kind) for piece in nested(module, i) if (kind := collective_kind(piece))]
         for piece, kind in kinds:
-            group = groups_of(piece, len(places))
+            group = one_of_each_slice(places) if piece.opcode == "send" else groups_of(piece, len(places))
             size = times * sent_by(piece, kind, len(group))
             sent[axes_of(group, mesh)][kind] += size
             network_s += size / bandwidth([places[device] for device in group], places)
+        if i.opcode in ("send", "recv", "send-done", "recv-done"):  # the host's work: the compiler cannot tell
+            continue
         work = sum(product_flops(piece, home) for home, piece in with_homes(module, where, i))
         kernel = kernel_flops(i)
         moved = traffic(module, where, i)
@@ -207,7 +209,13 @@ def part_read(module: Module, inner: Computation, at: int) -> float:
 
 
 def collective_kind(i: Instruction) -> str | None:
-    """all-gather and the like; None for anything else, and for the end of an asynchronous one."""
+    """all-gather and the like; None for anything else, and for the end of an asynchronous one.
+
+    Between slices a collective is a transfer by the hosts: a `send` that names its kind, and a `recv`.
+    """
+    if i.opcode == "send" and (found := re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)):
+        kind = found.group(1).lower().replace("_", "-")
+        return kind if kind in COLLECTIVES else "collective-permute"
     return next((kind for kind in COLLECTIVES if i.opcode in (kind, f"{kind}-start")), None)
 
 
@@ -230,6 +238,13 @@ def groups_of(i: Instruction, devices: int) -> list[int]:
             device += at * strides[axis]
         group.append(device)
     return group
+
+
+def one_of_each_slice(places: Sequence[Place]) -> list[int]:
+    first: dict[int, int] = {}
+    for device, place in enumerate(places):
+        first.setdefault(place.slice, device)
+    return list(first.values())
 
 
 def axes_of(group: list[int], mesh: dict[str, int]) -> str:
@@ -265,7 +280,7 @@ def bandwidth(group: list[Place], everyone: Sequence[Place]) -> float:
 
 def sent_by(i: Instruction, kind: str, n: int) -> float:
     """Bytes that each of n devices sends, around their ring."""
-    arrays = i.arrays
+    arrays = i.arrays[:1] if i.opcode == "send" else i.arrays
     if i.opcode.endswith("-start") and kind == "all-gather":  # (operands, results)
         arrays = arrays[len(arrays) // 2 :]
     size = float(sum(a.bytes for a in arrays))

@@ -72,7 +72,7 @@ def gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     Outside a function that is manual over `fsdp` (one device, a notebook) the weight is whole already.
     """
     if (dim := fsdp_dim(axes)) is not None:
-        for groups in stages(fsdp_size()):
+        for groups in stages_here():
             x = jax.lax.all_gather(x, "fsdp", axis=dim, tiled=True, axis_index_groups=groups)
     return x
 
@@ -80,7 +80,7 @@ def gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 def scatter(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """The reverse of `gather`: of what every device holds whole, each gets its part of the sum over `fsdp`."""
     if (dim := fsdp_dim(axes)) is not None:
-        for groups in reversed(stages(fsdp_size())):
+        for groups in reversed(stages_here()):
             x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=dim, tiled=True, axis_index_groups=groups)
     return x
 
@@ -92,8 +92,10 @@ def fsdp_dim(axes: tuple[str, ...]) -> int | None:
     return dims[0] if dims and manual_here else None
 
 
-def fsdp_size() -> int:
-    return jax.sharding.get_abstract_mesh().shape["fsdp"]
+def stages_here() -> list[list[list[int]] | None]:
+    """Only where `fsdp` has all chips to itself. And XLA would make weights whole over `tensor` to use groups."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return stages(shape["fsdp"]) if shape["tensor"] == 1 else [None]
 
 
 # Over all chips of a torus the TPU compiler gathers by an all-reduce over zeros: twice the bytes, and a copy. Over any

@@ -84,6 +84,18 @@ def test_a_text_without_an_entry_is_refused() -> None:
         hlo.parse(LOOP.replace("ENTRY ", ""))
 
 
+def test_between_slices_a_send_that_names_its_kind_is_the_collective() -> None:
+    send = (
+        "  %s = (bf16[512,256]{1,0}, u32[]{:S(2)}, token[]) send(%x.1, %token), channel_id=5, is_host_transfer=true,"
+        ' frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    text = LOOP.replace("  %from =", f"{send}\n  %from =")
+    slices = [Place(at // 4, place.coords) for at, place in enumerate(CUBE)]
+    found = cost(hlo.parse(text), MESH, slices)
+    assert found.sent_bytes["replica"] == {"all-reduce": 2 * 512 * 256}
+    assert found.network_s > 2 * 512 * 256 / v5p.DCN_BYTES_PER_S
+
+
 @pytest.mark.parametrize(
     ("text", "want"),
     [

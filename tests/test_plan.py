@@ -31,7 +31,7 @@ FACTS: dict[str, Any] = {
     "gradients_bytes": 10,
     "activations_bytes": 5,
     "needed_bytes": 100,
-    "optimal_s": 2.0,
+    "optimal_s": 3.3,
     "compile_s": 1.0,
     "cost": {
         "flops": 459e12,
@@ -79,17 +79,23 @@ def test_the_estimate_is_the_compilers_with_loops_counted_as_often_as_they_run()
     made = plan.make(composed(LARGE), FACTS, [], False)
     assert made.step_s
     assert (made.step_s.compute, made.step_s.hbm, made.step_s.network) == (1.0, 1.0, 0.5)
-    assert made.step_s.estimate == 2.0 * 30 / 3
-    assert made.step_s.serial == 20.0 + 1.0 + 0.5
+    assert made.step_s.estimate == pytest.approx(30 * 3.3 / 3)
+    assert made.step_s.serial == pytest.approx(33.0 + 1.0 + 0.5)
+
+
+def test_where_the_compiler_counts_transfers_as_minus_a_second_its_rule_is_taken_alone() -> None:
+    made = plan.make(composed(LARGE), FACTS | {"optimal_s": -2.0}, [], False)
+    assert made.step_s
+    assert made.step_s.estimate == 30.0
 
 
 def test_what_follows_from_the_estimate() -> None:
     config = composed([*LARGE, "train.tokens=8192e3"])  # 1000 sequences
     made = plan.make(config, FACTS, ["a=b"], True)
-    seconds = 20.0 * 1000 / 512
-    assert made.tokens_per_s == 512 * 8192 / 20
+    seconds = 33.0 * 1000 / 512
+    assert made.tokens_per_s == pytest.approx(512 * 8192 / 33)
     assert (made.days, made.chip_hours) == pytest.approx((seconds / 86400, seconds * 512 / 3600))
-    assert made.mfu == pytest.approx(made.flops["model"] / (512 * v5p.FLOPS * 20))
+    assert made.mfu == pytest.approx(made.flops["model"] / (512 * v5p.FLOPS * 33))
     assert made.hbm_bytes.workspace == 100 - 45
     assert (made.overrides, made.cached) == (["a=b"], True)
 
@@ -234,6 +240,18 @@ def test_a_plan_says_what_was_asked(compiled: tuple[Path, dict[str, Any]]) -> No
     assert 0 < found["mfu"] < 1
     assert found["tokens"] == 1e9
     assert set(SMALL) == set(found["overrides"])
+
+
+@needs_compiler
+def test_two_slices_sum_their_gradients_over_the_dcn(tmp_path: Path) -> None:
+    two = ["cluster.num_slices=2", "mesh=multislice", "mesh.tensor=1", "train.batch=16"]
+    done = command("model=tiny", "cluster.slice=v5p-8", *two, f"run.cache={tmp_path}", "output=json")
+    found = json.loads(done.stdout)
+    other = [size for axes, kinds in found["sent_bytes"].items() if "replica" in axes for size in kinds.values()]
+    share = sum(found["parameters"].values()) / 4
+    assert sum(other) > 2 * share  # of the gradients, in bfloat16 at least
+    assert found["step_s"]["estimate"] > 0
+    assert found["step_s"]["network"] > sum(other) / v5p.DCN_BYTES_PER_S * 0.99
 
 
 @needs_compiler
