@@ -84,7 +84,8 @@ def facts(job: Job) -> Facts:
             if needed is None:
                 raise
             message = str(error).splitlines()[0]
-            return Facts(False, message, held(step.state.params), held(step.state.opt_state), needed)
+            parameters, optimizer = held(step.state.params), held(step.state.opt_state)
+            return Facts(False, message, parameters, optimizer, max(needed, parameters + optimizer))
         compile_s = time.monotonic() - started
         (text,) = Path(dump).glob("*jit_update*after_codegen.txt")
         module = hlo.parse(text.read_text())
@@ -119,11 +120,18 @@ def held(tree: Any) -> int:
 
 
 def out_of_memory(message: str) -> int | None:
-    """The bytes a program needs, of a compiler's refusal: `Used 120.50G of 95.74G hbm`. None for another error."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
-    if not found:
+    """The bytes that the compiler says are too much, of its refusal; None for another error.
+
+    "... the total memory required for HLO temporaries (474.42G) exceeds available HBM (95.73G)", and, of a program
+    whose temporaries alone would fit, "Used 120.50G of 95.74G hbm".
+    """
+    if "RESOURCE_EXHAUSTED" not in message:
         return None
-    return int(float(found.group(1)) * 1024 ** (" KMGT".index(found.group(2))))
+    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds|[Uu]sed ([\d.]+)([KMGT]) of", message)
+    if not found:
+        return 0
+    number, unit = (found.group(1), found.group(2)) if found.group(1) else (found.group(3), found.group(4))
+    return int(float(number) * 1024 ** " KMGT".index(unit))
 
 
 def stacked(module: hlo.Module, pairs: int) -> tuple[int, int]:
