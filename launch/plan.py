@@ -121,7 +121,9 @@ def lines(p: plan.Plan) -> list[str]:
             out.append(f"step        {MEANING[name]:<46} {seconds:8.4f} s  {share}")
         out.append(f"speed       {p.tokens_per_s:,.0f} tokens/s at the estimate")
         out.append(f"cost        {p.chip_hours:,.0f} chip-hours, {p.days:,.2f} days for {p.tokens:.3g} tokens")
-    out.append(f"compiled    {'remembered; took' if p.cached else 'in'} {p.compile_s:.0f} s")
+        out.append(f"compiled    {'remembered; took' if p.cached else 'in'} {p.compile_s:.0f} s")
+    if not p.fits:
+        return [*out, f"what fits   python -m launch.plan {' '.join(p.overrides)} plan.search=true"]
     out.append(f"run it      python -m launch.train cluster=ray cluster.address=HOST:PORT {' '.join(p.overrides)}")
     return out
 

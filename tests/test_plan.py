@@ -121,6 +121,9 @@ def test_a_refusal_for_memory_tells_the_bytes() -> None:
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 120.50G of 95.74G hbm. Exceeded by 24.76G."
     )
     assert out_of_memory(message) == int(120.5 * 2**30)
+    message = "RESOURCE_EXHAUSTED: E1000: the total memory required for HLO temporaries (474.42G) exceeds available HBM"
+    assert out_of_memory(message) == int(474.42 * 2**30)
+    assert out_of_memory("RESOURCE_EXHAUSTED: in other words") == 0
     assert out_of_memory("INTERNAL: something else") is None
 
 
@@ -240,6 +243,17 @@ def test_a_plan_says_what_was_asked(compiled: tuple[Path, dict[str, Any]]) -> No
     assert 0 < found["mfu"] < 1
     assert found["tokens"] == 1e9
     assert set(SMALL) == set(found["overrides"])
+
+
+@needs_compiler
+def test_what_the_compiler_refuses_does_not_fit(tmp_path: Path) -> None:
+    """Its real refusal: the logits of 131072 tokens at once."""
+    logits = ["model.vocab=256128", "train.batch=64", "data.sequence=8192", "train.loss_chunk=8192"]
+    done = command("model=tiny", "cluster.slice=v5p-8", *logits, f"run.cache={tmp_path}", "output=json")
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["fits"], found["step_s"], found["mfu"]) == (2, False, None, None)
+    assert found["hbm_bytes"]["total"] > 4 * 256128 * 131072
+    assert "RESOURCE_EXHAUSTED" in found["message"]
 
 
 @needs_compiler
