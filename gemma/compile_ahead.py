@@ -65,6 +65,7 @@ class Facts:
 
 def facts(job: Job) -> Facts:
     """Compiles. Takes a minute or two for 27B, whatever the number of chips."""
+    from jax.errors import JaxRuntimeError
     from jax.experimental import topologies
 
     from gemma.sharding import make_mesh
@@ -79,7 +80,7 @@ def facts(job: Job) -> Facts:
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
         try:
             compiled = step.train.lower(step.state, step.batch).compile(compiler_options=options)
-        except Exception as error:
+        except JaxRuntimeError as error:
             needed = out_of_memory(str(error))
             if needed is None:
                 raise

@@ -5,8 +5,6 @@ B batch, T time, D width, N query heads, K kv heads, H head size, F hidden, V vo
 
 from gemma.config import Model
 
-PEAK_FLOPS_V5P = 459e12  # bf16, a chip; the MFU of a simulated slice is told against it too
-
 
 def parameters(model: Model) -> tuple[int, int]:
     """Parameters of the embedding, and all others. Table 2 of the report counts them the same way."""

@@ -123,7 +123,7 @@ def lines(p: plan.Plan) -> list[str]:
         out.append(f"cost        {p.chip_hours:,.0f} chip-hours, {p.days:,.2f} days for {p.tokens:.3g} tokens")
         out.append(f"compiled    {'remembered; took' if p.cached else 'in'} {p.compile_s:.0f} s")
     if not p.fits:
-        return [*out, f"what fits   python -m launch.plan {' '.join(p.overrides)} plan.search=true"]
+        return [*out, "what fits   plan.search=true tries other meshes of this slice, plan.smallest=true larger slices"]
     out.append(f"run it      python -m launch.train cluster=ray cluster.address=HOST:PORT {' '.join(p.overrides)}")
     return out
 

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gemma.flops import PEAK_FLOPS_V5P
+from gemma import v5p
 from gemma.reports import Restored, Row
 from orchestrator import rundir
 from orchestrator.config import Config
@@ -86,7 +86,7 @@ class Report:
         assert self.facts is not None
         config, metrics = self.config, row.metrics
         per_step = config.train.batch * config.data.sequence
-        peak = PEAK_FLOPS_V5P * config.chips
+        peak = v5p.FLOPS * config.chips  # of a simulated slice too
         step_s = max(row.step_s, 1e-9)
         return {
             "step": row.step,

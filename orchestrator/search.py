@@ -77,7 +77,9 @@ def best(config: Config, given: set[str], plain: list[str], tell: ahead.Tell) ->
         if sum(p.fits for p in found) >= config.plan.compiles or len(found) >= 3 * config.plan.compiles:
             break
     if not found:
-        raise ConfigError(f"cluster.slice={config.cluster.slice}: nothing of {config.model.name} fits by arithmetic")
+        why = "fits by arithmetic" if any(candidates(config, given)) else "goes with what was given"
+        shown = ", ".join(plain) or "nothing"
+        raise ConfigError(f"plan.search: no mesh, remat and batch on {config.cluster.slice} {why} ({shown})")
     return sorted(found, key=lambda p: (not p.fits, p.step_s.serial / p.batch if p.step_s else 0.0))
 
 
