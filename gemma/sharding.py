@@ -1,7 +1,7 @@
 """Where every array lives: one table from logical axes to mesh axes, and the mesh itself."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -71,18 +71,28 @@ def gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
     Outside a function that is manual over `fsdp` (one device, a notebook) the weight is whole already.
     """
-    if (dim := fsdp_dim(axes)) is not None:
+    if (dim := fsdp_dim(axes)) is None:
+        return x
+
+    def whole(x: jax.Array) -> jax.Array:
         for groups in stages_here():
             x = jax.lax.all_gather(x, "fsdp", axis=dim, tiled=True, axis_index_groups=groups)
-    return x
+        return x
+
+    return cut_along_tensor(whole, axes)(x)
 
 
 def scatter(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """The reverse of `gather`: of what every device holds whole, each gets its part of the sum over `fsdp`."""
-    if (dim := fsdp_dim(axes)) is not None:
+    if (dim := fsdp_dim(axes)) is None:
+        return x
+
+    def part(x: jax.Array) -> jax.Array:
         for groups in reversed(stages_here()):
             x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=dim, tiled=True, axis_index_groups=groups)
-    return x
+        return x
+
+    return cut_along_tensor(part, axes)(x)
 
 
 def fsdp_dim(axes: tuple[str, ...]) -> int | None:
@@ -92,16 +102,29 @@ def fsdp_dim(axes: tuple[str, ...]) -> int | None:
     return dims[0] if dims and manual_here else None
 
 
+def cut_along_tensor(function: Callable[[jax.Array], jax.Array], axes: tuple[str, ...]) -> Callable[..., jax.Array]:
+    """`function` by hand over `tensor` too, on each device's part: left to XLA, which partitions no collective of a
+    hand-written program, it would get and give arrays that are whole along `tensor`.
+    """
+    if jax.sharding.get_abstract_mesh().shape["tensor"] == 1:
+        return function
+    cut = PartitionSpec(*("tensor" if RULES[axis] == "tensor" else None for axis in axes))
+    return jax.shard_map(function, in_specs=cut, out_specs=cut, axis_names={"tensor"}, check_vma=False)
+
+
 def stages_here() -> list[list[list[int]] | None]:
-    """Only where `fsdp` has all chips to itself. And XLA would make weights whole over `tensor` to use groups."""
     shape = jax.sharding.get_abstract_mesh().shape
-    return stages(shape["fsdp"]) if shape["tensor"] == 1 else [None]
+    staged = shape["tensor"] == 1 or shape["fsdp"] >= SMALLEST_STAGED
+    return stages(shape["fsdp"]) if staged else [None]
 
 
 # Over all chips of a torus the TPU compiler gathers by an all-reduce over zeros: twice the bytes, and a copy. Over any
 # part of them it does not. From 4x4x4 up a slice is a torus.
 SMALLEST_TORUS = 64
 LARGEST_GROUP = 64
+# With `tensor` beside it `fsdp` is but a part of the torus. From here on stages pay all the same: a chip's part of a
+# gradient is narrower than a tile, and the compiler sums such a one whole before it is cut. At 64 they cost more.
+SMALLEST_STAGED = 256
 
 
 def stages(size: int) -> list[list[list[int]] | None]:
