@@ -9,6 +9,7 @@ from gemma import flops, v5p
 from gemma.config import Program
 
 RECOMPUTED = {"none": 0.0, "dots": 0.0, "narrow": 0.5, "full": 1.0}  # of the forward products, in the backward pass
+UPDATE_BYTES = 28  # a parameter: itself and two moments read and written, its gradient read, float32
 LAYERS_IN_FLIGHT = 2  # a pair is rematerialised and gathered at once
 
 
@@ -20,7 +21,7 @@ class Rough:
 
 def rough(program: Program, num_slices: int = 1) -> Rough:
     """HBM of a chip, and the seconds of a step with nothing overlapped."""
-    return Rough(hbm_bytes(program), compute_s(program) + network_s(program, num_slices))
+    return Rough(hbm_bytes(program), compute_s(program) + network_s(program, num_slices) + update_s(program))
 
 
 def tokens(program: Program) -> float:
@@ -71,4 +72,11 @@ def network_s(program: Program, num_slices: int) -> float:
     moved = tokens(program) * train.accumulation * model.width * width
     tensor = across * model.layers * 2 * moved * (mesh.tensor - 1) / mesh.tensor
     slow = v5p.DCN_BYTES_PER_S if num_slices > 1 else v5p.ICI_BYTES_PER_S
-    return (fsdp + tensor) / (v5p.ICI_BYTES_PER_S * 2 / 3) + replica / slow
+    link = v5p.ICI_BYTES_PER_S / 6  # of a torus `tensor` has one axis, `fsdp` the rest
+    return fsdp / (4 * link) + tensor / (2 * link) + replica / slow
+
+
+def update_s(program: Program) -> float:
+    """The optimizer's, bound by HBM: whatever the batch, so more rows are cheaper a row."""
+    held = sum(flops.parameters(program.model)) / (program.mesh.fsdp * program.mesh.tensor)
+    return UPDATE_BYTES * held / v5p.HBM_BYTES_PER_S

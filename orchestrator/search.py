@@ -84,7 +84,10 @@ def best(config: Config, given: set[str], plain: list[str], tell: ahead.Tell) ->
 
 
 def smallest(config: Config, given: set[str], plain: list[str], tell: ahead.Tell) -> list[plan.Plan]:
-    """The first slice, from small to large, on which something fits: what by arithmetic needs least there."""
+    """The first slice, from small to large, on which what by arithmetic needs least there fits; of it the best.
+
+    What needs least is slow: one row, every axis cut.
+    """
     for name in TOPOLOGIES:
         there = replace(config, cluster=replace(config.cluster, slice=name, topology=None))
         least = min(candidates(there, given), key=lambda c: analytic.hbm_bytes(c.program), default=None)
@@ -94,17 +97,21 @@ def smallest(config: Config, given: set[str], plain: list[str], tell: ahead.Tell
         here = [f"cluster.slice={name}", *(o for o in plain if not o.startswith("cluster.slice="))]
         made = plan.make(least, answer.facts, overrides(least, here), answer.cached)
         if made.fits:
-            return [made]
+            found = best(there, given, here, tell)
+            return found if found[0].fits else [made, *found]
     raise ConfigError(f"model={config.model.name}: fits on no slice up to {name} with what was given")
 
 
 def nearest(config: Config, tell: ahead.Tell) -> Config | None:
-    """The config most like this one that fits: another mesh, or other remat. None after a few tries."""
+    """The config most like this one that fits: another mesh, or other remat; of equally near ones the fastest. None
+    after a few tries.
+    """
 
-    def distance(other: Config) -> float:
+    def distance(other: Config) -> tuple[float, float]:
         old, new = config.program.mesh.shape, other.program.mesh.shape
         moved = sum(abs(math.log2(a / b)) for a, b in zip(old, new, strict=True))
-        return moved + REMAT_DISTANCE * (config.train.remat != other.train.remat)
+        moved += REMAT_DISTANCE * (config.train.remat != other.train.remat)
+        return moved, analytic.rough(other.program, config.cluster.num_slices).step_s
 
     too_much = min(v5p.HBM_BYTES, CLEARLY_LESS * analytic.hbm_bytes(config.program))
     tried = 0

@@ -68,6 +68,9 @@ def test_the_smallest_slice_is_looked_for_from_below(monkeypatch: pytest.MonkeyP
     config = composed(["model=gemma2_9b", "data.sequence=8192", "plan.smallest=true"])
     found = search.smallest(config, {"data.sequence"}, [], lambda *_: None)
     assert found[0].slice == asked[0].cluster.slice == "v5p-8"  # 147 GB of state over four chips
+    assert {config.cluster.slice for config in asked} == {"v5p-8"}
+    assert found[0].batch > asked[0].train.batch  # what needs least memory has one row: nobody would train so
+    assert "cluster.slice=v5p-8" in found[0].overrides
 
 
 def test_a_run_that_fits_by_far_asks_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,3 +107,13 @@ def test_arithmetic_knows_more_memory_and_more_work() -> None:
     assert [r.hbm_bytes for r in kept] == sorted(r.hbm_bytes for r in kept)
     assert kept[0].step_s > kept[1].step_s > kept[2].step_s
     assert with_train(batch=1024).step_s > with_train().step_s
+    a_row = [with_train(batch=batch).step_s / batch for batch in (512, 1024, 2048)]
+    assert a_row == sorted(a_row, reverse=True)  # the optimizer's share shrinks
+
+
+def test_of_meshes_equally_near_the_fastest_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "ask", fits_from(1, []))
+    mesh = ["cluster.slice=v5p-16", "data.sequence=8192", "train.batch=8", "mesh.replica=8", "mesh.fsdp=1"]
+    found = search.nearest(composed(["model=gemma2_27b", "cluster=ray", "cluster.address=x:1", *mesh]), lambda *_: None)
+    assert found
+    assert found.program.mesh.shape == (1, 8, 1)  # and not tensor 8
