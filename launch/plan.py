@@ -22,7 +22,7 @@ USAGE = """Compile the train step for TPU v5p on a machine without TPUs: does it
   python -m launch.plan ... output=json                 JSON on standard output, alone there
   python -m launch.plan ... train.tokens=13e12          chip-hours and days for so many tokens
   python -m launch.plan ... plan.search=true            meshes, remat and batch; what the command line gives stays
-  python -m launch.plan ... plan.smallest=true          the smallest slice on which the model fits, and what is fastest there
+  python -m launch.plan ... plan.smallest=true          the smallest slice that suffices, the fastest there
 
 Any override of launch.train is one here. Train computes in bfloat16 (train.dtype). An answer is remembered by config
 and versions, in run.cache/plans. Exit code 0 where it fits, 2 where it does not, 1 for a mistake."""
