@@ -15,6 +15,8 @@ class Restored:
     compile_cached: bool
     platform: str
     seconds: dict[str, float]  # by phase: data, compile, restore
+    rows: tuple["Row", ...] = ()  # of steps before `step` that the controller may not have been told of
+    evals: tuple["Evaluated", ...] = ()  # likewise
 
 
 @dataclass(frozen=True)
@@ -24,3 +26,30 @@ class Row:
     step: int
     metrics: dict[str, float]
     step_s: float
+    time: float  # time.time() at which the step was seen done
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Mean held-out loss in nats after `step` steps, and the seconds it took."""
+
+    step: int
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a window of steps brought."""
+
+    rows: tuple[Row, ...]
+    snapshots: int  # taken meanwhile
+    wait_s: float  # for them to be written, each while the devices had a step to do
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A host's programs are ready; what its memory will have to hold."""
+
+    share_key: str  # equal for hosts that hold the same bytes of the state
+    share_bytes: int

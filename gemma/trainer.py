@@ -5,18 +5,21 @@ bare machine too: `Trainer(program, folder, cache)` in one process is the whole 
 """
 
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from gemma import aot, checkpoint, data, flops, weights
+from gemma import aot, checkpoint, data, flops, slots, snapshot, weights
 from gemma.config import Program
-from gemma.reports import Restored, Row
+from gemma.reports import Evaluated, Opened, Ran, Restored, Row
 from gemma.sharding import make_mesh
+from gemma.snapshot import Keeping, Source
 from gemma.step import TrainState, functions
 from gemma.tokens import open_tokens
+from gemma.wire import Address
 
 
 class Trainer:
@@ -36,6 +39,14 @@ class Trainer:
         self.train, self.cached = self.compile("train", (self.functions.state, self.functions.batch))
         self.eval: Any = None  # compiled when first asked for
         self.lap("compile", started)
+        self.packing = dict(zip(("pack", "unpack"), snapshot.packing(self.functions.state, self.mesh), strict=True))
+        self.flat = snapshot.flat_shape(self.functions.state, self.mesh)
+        self.share = snapshot.share_of(self.functions.state, self.mesh)
+        self.pack: Any = None
+        self.keeping: Keeping | None = None
+        self.attempt = 0
+        self.rows: list[Row] = []  # that the controller may not have been told of
+        self.evals: list[Evaluated] = []
         self.manager = checkpoint.open_manager(folder / "checkpoints", program.checkpoint)
         self.state: TrainState | None = None
         self.ready = time.monotonic()  # since when the next step is being waited for
@@ -54,17 +65,29 @@ class Trainer:
             "init": (p.model, p.mesh, p.train.seed),
             "train": (p.model, p.mesh, p.data.sequence, *train, p.optim, p.train.steps),
             "eval": (p.model, p.mesh, p.data.sequence, *train),
+            "pack": (p.model, p.mesh, p.optim, p.train.steps),
+            "unpack": (p.model, p.mesh, p.optim, p.train.steps),
         }
-        return aot.compiled(name, getattr(self.functions, name), args, built_from[name], self.cache)
+        jitted = self.packing[name] if name in self.packing else getattr(self.functions, name)
+        return aot.compiled(name, jitted, args, built_from[name], self.cache)
 
-    def restore(self, step: int | None) -> Restored:
-        """Stands ready at a committed step; None initialises. Raises CheckpointError rather than start afresh."""
+    def opened(self) -> Opened:
+        return Opened(self.share.key, self.share.bytes)
+
+    def restore(self, step: int | None, source: Source | None = None) -> Restored:
+        """Stands ready at a step: of a snapshot where a source is given, else committed on disk; None initialises.
+
+        Raises CheckpointError rather than start afresh, OSError or KeyError where a snapshot is gone.
+        """
         started = time.monotonic()
+        self.rows, self.evals = [], []
         if step is None:
             self.state = self.initial()
-            jax.block_until_ready(self.state.step)
-        else:
+        elif source is None:
             self.state = checkpoint.restore(self.manager, step, self.functions.state)
+        else:
+            self.state = self.recovered(step, source)
+        jax.block_until_ready(self.state.step)
         self.ready = self.lap("restore", started)
         program = self.program
         return Restored(
@@ -76,7 +99,44 @@ class Trainer:
             compile_cached=self.cached,
             platform=jax.devices()[0].platform,
             seconds=dict(self.seconds),
+            rows=tuple(self.rows),
+            evals=tuple(self.evals),
         )
+
+    def recovered(self, step: int, source: Source) -> TrainState:
+        """The state out of host memory, and what was noted with it."""
+        words, noted = snapshot.read(source, self.share, step)
+        self.rows = [Row(**row) for row in noted["rows"]]
+        self.evals = [Evaluated(**found) for found in noted["evals"]]
+        unpack, _ = self.compile("unpack", (self.flat,))
+        state: TrainState = unpack(snapshot.placed(words, self.flat, self.mesh, self.share))
+        jax.block_until_ready(state)
+        return state
+
+    def keep(self, path: str, buddy: Address | None, attempt: int) -> float:
+        """Snapshots go to this host's slots and its buddy's from now on, the first at once.
+
+        attempt: noted with each. Returns the seconds the devices take for one.
+        """
+        assert self.state is not None
+        self.pack, _ = self.compile("pack", (self.functions.state,))
+        self.compile("unpack", (self.flat,))  # a recovery finds it in the cache
+        self.keeping, self.attempt = Keeping(self.share, self.mesh, path, buddy), attempt
+        step = int(self.state.step)
+        packed = jax.block_until_ready(self.pack(self.state))
+        if step not in slots.held(self.keeping.slots):
+            self.keeping.hand_over(step, packed, self.noted())
+            self.keeping.settle()
+        slots.tell_progress(self.keeping.slots, step)
+        started = time.monotonic()
+        jax.block_until_ready(self.pack(self.state))
+        self.ready = time.monotonic()
+        return self.ready - started
+
+    def noted(self) -> dict[str, Any]:
+        """What goes with a snapshot: results that a controller which dies now would never hear of."""
+        rows, evals = [asdict(row) for row in self.rows], [asdict(found) for found in self.evals]
+        return {"attempt": self.attempt, "rows": rows, "evals": evals}
 
     def initial(self) -> TrainState:
         """Random weights, or those of train.init_from; the optimizer is fresh."""
@@ -86,27 +146,43 @@ class Trainer:
         jax.tree.map(lambda x: x.delete(), state.params)  # one copy of the weights at a time
         return state._replace(params=weights.load_params(self.program.train.init_from, self.functions.state.params))
 
-    def run(self, first: int, last: int) -> list[Row]:
-        """Steps first..last-1. A step is dispatched before the one before it is waited for."""
+    def run(self, first: int, last: int, reported: int, every: int) -> Ran:
+        """Steps first..last-1. A step is dispatched before the one before it is waited for.
+
+        reported: results up to this step are written down. every: a snapshot each so many steps; 0 is off.
+        """
         assert self.state is not None
-        rows: list[Row] = []
-        flight: list[tuple[int, dict[str, jax.Array]]] = []
+        self.rows = [row for row in self.rows if row.step > reported]
+        self.evals = [found for found in self.evals if found.step > reported]
+        count, keeping = len(self.rows), self.keeping
+        snapshots, wait_s = 0, 0.0
+        flight: list[tuple[int, dict[str, jax.Array], jax.Array | None]] = []
         for step in range(first, last):
             self.profile(step)
             tokens = data.place(self.functions.batch, partial(self.dataset.train_rows, step))
+            if keeping:
+                wait_s += keeping.settle()  # while the step before this one is under way
             self.state, metrics = self.train(self.state, tokens)
-            flight.append((step + 1, metrics))
+            due = keeping is not None and every > 0 and (step + 1) % every == 0
+            snapshots += due
+            flight.append((step + 1, metrics, self.pack(self.state) if due else None))
             if len(flight) > 1:
-                rows.append(self.take(*flight.pop(0)))
-        rows += [self.take(*entry) for entry in flight]
+                self.take(*flight.pop(0))
+        for entry in flight:
+            self.take(*entry)
         self.profile_ends(last)
-        return rows
+        return Ran(tuple(self.rows[count:]), snapshots, wait_s)
 
-    def take(self, step: int, metrics: dict[str, jax.Array]) -> Row:
+    def take(self, step: int, metrics: dict[str, jax.Array], packed: jax.Array | None) -> None:
+        """Waits for a step; its snapshot is brought to memory from here on."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.monotonic()
-        row, self.ready = Row(step, values, now - self.ready), now
-        return row
+        self.rows.append(Row(step, values, now - self.ready, time.time()))
+        self.ready = now
+        if self.keeping:
+            slots.tell_progress(self.keeping.slots, step)
+            if packed is not None:
+                self.keeping.hand_over(step, packed, self.noted())
 
     def profile(self, step: int) -> None:
         """Opens the profiler's trace before its first step, closes it before the first that is not its; host 0 only."""
@@ -123,8 +199,8 @@ class Trainer:
             jax.profiler.stop_trace()
             self.tracing = False
 
-    def evaluate(self) -> tuple[float, float]:
-        """Mean held-out loss in nats over eval.batches batches, always the same ones; and the seconds it took."""
+    def evaluate(self, step: int) -> Evaluated:
+        """Over eval.batches held-out batches, always the same ones."""
         assert self.state is not None
         started = time.monotonic()
         if self.eval is None:
@@ -136,7 +212,9 @@ class Trainer:
             loss, targets = self.eval(self.state.params, tokens)
             total, count = total + float(loss), count + float(targets)
         self.ready = time.monotonic()
-        return total / max(count, 1.0), self.ready - started
+        found = Evaluated(step, total / max(count, 1.0), self.ready - started)
+        self.evals.append(found)
+        return found
 
     def save(self, step: int) -> float:
         """Seconds training stood still; the commit follows in the background."""

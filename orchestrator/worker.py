@@ -4,17 +4,21 @@ It raises nothing to the controller: what a verb raised comes back as a `Raised`
 controller needs no class of the program's to read it.
 """
 
+import faulthandler
 import glob
 import os
+import signal
 import socket
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from gemma.config import ConfigError, Program
+from gemma.reports import Opened
 from orchestrator.topology import CHIPS_PER_HOST
 
 if TYPE_CHECKING:
@@ -34,28 +38,50 @@ class Raised:
 
 
 @dataclass(frozen=True)
+class Told:
+    """What a verb returned."""
+
+    value: Any
+    notice: str | None  # the machine is about to be taken away
+
+
+@dataclass(frozen=True)
 class Hello:
     pid: int
     coordinator: str  # where this host would listen, were it rank 0
 
 
 class Host:
-    """Created on its host's node; a verb at a time, in the order they come."""
+    """Created on its host's node, maybe long before it is needed; a verb at a time, in the order they come."""
 
-    def __init__(self, log: str, env: dict[str, str], predecessors: list[int], timeout_s: float):
-        """Imports everything heavy. log: where this process writes; predecessors: pids that must be gone first."""
-        redirect(log)
-        wait_gone(predecessors, timeout_s)
-        for name in [name for name in os.environ if name.startswith(STALE)]:
-            del os.environ[name]
+    def __init__(self) -> None:
+        """Imports everything heavy, and touches no chip: another process may have them."""
         if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*"):
             os.environ["JAX_PLATFORMS"] = "cpu"
-            os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={CHIPS_PER_HOST}"
-        os.environ.update(env)
-        import gemma.trainer  # noqa: F401 - takes seconds, while the other hosts are still being started
+        import gemma.trainer  # noqa: F401 - takes seconds, while other hosts are being started or are training
 
         self.trainer: Trainer | None = None
         self.rank = 0
+        self.notice: str | None = None
+
+    def begin(self, log: str, env: dict[str, str], predecessors: list[int], timeout_s: float) -> Raised | None:
+        """Takes part in an attempt. log: where this process writes; predecessors: pids that must be gone first."""
+        redirect(log)
+        faulthandler.enable(open(f"{log}.crash", "w"))  # noqa: SIM115 - as long as the process
+        faulthandler.register(signal.SIGUSR1, open(f"{log}.stacks", "w"), chain=False)  # noqa: SIM115
+        signal.signal(signal.SIGTERM, self.noticed)
+        for name in [name for name in os.environ if name.startswith(STALE)]:
+            del os.environ[name]
+        if os.environ.get("JAX_PLATFORMS") == "cpu":
+            os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={CHIPS_PER_HOST}"
+        os.environ.update(env)
+        return told(wait_gone, predecessors, timeout_s)
+
+    def noticed(self, number: int, _: FrameType | None) -> None:
+        """The machine is about to be taken away: told with the next answer. A second signal ends the process."""
+        if self.notice:
+            os._exit(128 + number)
+        self.notice = signal.Signals(number).name
 
     def hello(self, ip: str) -> Hello:
         with socket.socket() as probe:
@@ -74,22 +100,27 @@ class Host:
 
         return told(connect)
 
-    def open(self, program: Program, folder: str, cache: str) -> Raised | None:
-        """Makes the data and the programs ready."""
+    def open(self, program: Program, folder: str, cache: str) -> Any:
+        """Makes the data and the programs ready; Opened, or what was Raised."""
         from gemma.trainer import Trainer
 
-        def make() -> None:
+        def make() -> Opened:
             if not Path(folder, "manifest.json").exists():
                 where = f"{Path(folder).parent} on host {self.rank} ({socket.gethostname()})"
                 raise ConfigError(f"run.root: {where} does not hold the run; give a directory that all hosts share")
             self.trainer = Trainer(program, Path(folder), Path(cache).expanduser())
+            return self.trainer.opened()
 
         return told(make)
 
-    def call(self, verb: str, *args: Any) -> Any:
-        """A verb of the trainer. Only rank 0 answers with its result, but for `restore`, which all must agree on."""
+    def call(self, verb: str, *args: Any) -> Told | Raised:
+        """A verb of the trainer. Only rank 0 answers with its result, but for what all must agree on."""
         result = told(getattr(self.trainer, verb), *args)
-        return result if self.rank == 0 or verb == "restore" or isinstance(result, Raised) else None
+        if isinstance(result, Raised):
+            return result
+        if self.rank > 0:
+            result = replace(result, rows=(), evals=()) if verb == "restore" else None
+        return Told(result, self.notice)
 
 
 def told(function: Any, *args: Any) -> Any:

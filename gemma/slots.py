@@ -1,0 +1,117 @@
+"""Snapshots of a host's share of the state, in memory that outlives the process which writes them. No JAX.
+
+A file in memory (memfd) belongs to one share. It holds a page that says how far training has come, then three slots:
+the newest snapshot, the one before, and the one being written. A step is given up only once its successor is whole,
+and hosts are never more than one snapshot apart, so there is always a step that all of them hold.
+"""
+
+import json
+import mmap
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SLOTS = 3
+PROGRESS = struct.Struct("<qd")  # steps done by the process that writes here, and the time.time() of the last
+HEADER = struct.Struct("<qq")  # step of a whole snapshot, or EMPTY; bytes of its notes
+EMPTY = -1
+PAGE = 4096
+NOTES_BYTES = 1 << 20  # JSON; pages that are never touched take no memory
+
+
+@dataclass(frozen=True)
+class Slots:
+    memory: mmap.mmap
+    share_bytes: int
+
+
+def file_bytes(share_bytes: int) -> int:
+    return PAGE + SLOTS * slot_bytes(share_bytes)
+
+
+def slot_bytes(share_bytes: int) -> int:
+    return PAGE + NOTES_BYTES + -(-share_bytes // PAGE) * PAGE
+
+
+def clear(descriptor: int, share_bytes: int) -> Slots:
+    """Maps a new file of zeros and marks its slots as empty."""
+    slots = Slots(mmap.mmap(descriptor, file_bytes(share_bytes)), share_bytes)
+    for slot in range(SLOTS):
+        mark(slots, slot, EMPTY, 0)
+    tell_progress(slots, 0)
+    return slots
+
+
+def open_slots(path: Path, share_bytes: int) -> Slots:
+    """Another process's slots, through /proc/PID/fd/N. Raises OSError where that process is gone."""
+    with open(path, "r+b") as file:
+        return Slots(mmap.mmap(file.fileno(), file_bytes(share_bytes)), share_bytes)
+
+
+def tell_progress(slots: Slots, step: int) -> None:
+    PROGRESS.pack_into(slots.memory, 0, step, time.time())
+
+
+def progress(slots: Slots) -> tuple[int, float]:
+    """Steps done, and when the last was: also of a process that is dead."""
+    step, at = PROGRESS.unpack_from(slots.memory, 0)
+    return step, at
+
+
+def start_of(slots: Slots, slot: int) -> int:
+    return PAGE + slot * slot_bytes(slots.share_bytes)
+
+
+def mark(slots: Slots, slot: int, step: int, notes_bytes: int) -> None:
+    HEADER.pack_into(slots.memory, start_of(slots, slot), step, notes_bytes)
+
+
+def held(slots: Slots) -> dict[int, int]:
+    """The slot of each step that is held whole."""
+    steps = {slot: HEADER.unpack_from(slots.memory, start_of(slots, slot))[0] for slot in range(SLOTS)}
+    return {step: slot for slot, step in steps.items() if step != EMPTY}
+
+
+def begin(slots: Slots, step: int) -> tuple[int, memoryview]:
+    """Gives up a step that has both a whole successor and one more; returns its slot and where the share goes."""
+    there = held(slots)
+    free = [slot for slot in range(SLOTS) if slot not in there.values()]
+    # A step done again: its old snapshot may be of another history.
+    slot = there[step] if step in there else free[0] if free else there[min(there)]
+    mark(slots, slot, EMPTY, 0)
+    return slot, share(slots, slot)
+
+
+def share(slots: Slots, slot: int) -> memoryview:
+    start = start_of(slots, slot) + PAGE + NOTES_BYTES
+    return memoryview(slots.memory)[start : start + slots.share_bytes]
+
+
+def commit(slots: Slots, slot: int, step: int, notes: bytes) -> None:
+    """From now on the slot holds `step`. notes: JSON, at most NOTES_BYTES."""
+    if len(notes) > NOTES_BYTES:
+        raise ValueError(f"notes of step {step}: {len(notes)} bytes, at most {NOTES_BYTES}")
+    start = start_of(slots, slot) + PAGE
+    slots.memory[start : start + len(notes)] = notes
+    mark(slots, slot, step, len(notes))
+
+
+def notes(slots: Slots, step: int) -> Any:
+    """What was noted with a step that is held."""
+    return json.loads(raw_notes(slots, step))
+
+
+def raw_notes(slots: Slots, step: int) -> bytes:
+    slot = held(slots)[step]
+    size = HEADER.unpack_from(slots.memory, start_of(slots, slot))[1]
+    start = start_of(slots, slot) + PAGE
+    return slots.memory[start : start + size]
+
+
+def drop_after(slots: Slots, step: int) -> None:
+    """Gives up what lies beyond a step that is gone back to."""
+    for later, slot in held(slots).items():
+        if later > step:
+            mark(slots, slot, EMPTY, 0)

@@ -1,0 +1,205 @@
+"""What stays on a host when its training process dies: the memory of snapshots, and a pair of eyes. A Ray actor, no JAX.
+
+One a host and run, detached: it outlives the controller too, where the cluster does. The memory is its own (memfd), so
+nothing is left of it once this process ends; it ends by itself when nobody has used it for long.
+"""
+
+import contextlib
+import os
+import secrets
+import select
+import signal
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gemma import slots, wire
+from gemma.slots import Slots
+from gemma.wire import Address
+
+FRESH_S = 5.0  # between two looks at whether anybody still needs this
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one host's memory holds."""
+
+    address: Address
+    steps: dict[str, tuple[tuple[int, int], ...]]  # (step, attempt) of whole snapshots, by the key of their share
+    paths: dict[str, str]  # of the slots of each share, for processes on this host
+    done: int  # steps its training process had done, the newest it told
+    deaths: dict[int, float]  # time.time() at which a watched process was seen to end
+    ooms: int  # processes killed for memory on this host, as the kernel counts them
+
+
+@dataclass
+class Memory:
+    slots: Slots
+    descriptor: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Keeper:
+    """Answers while training goes on; its methods may be called at once from several sides."""
+
+    def __init__(self, ip: str, idle_s: float):
+        """idle_s: it ends after so long without a snapshot or a call."""
+        self.memories: dict[str, Memory] = {}
+        self.deaths: dict[int, float] = {}
+        self.watched: set[int] = set()
+        self.lock = threading.Lock()
+        self.used = time.monotonic()
+        self.listener = socket.create_server((ip, 0))
+        self.address = Address(ip, self.listener.getsockname()[1], secrets.token_hex(16))
+        threading.Thread(target=self.serve, daemon=True, name="server").start()
+        threading.Thread(target=self.expire, args=(idle_s,), daemon=True, name="expiry").start()
+
+    def hold(self, key: str, share_bytes: int) -> str:
+        """Memory for a share, made where it is missing; the path under which processes of this host open it."""
+        self.used = time.monotonic()
+        return self.path(self.memory(key, share_bytes))
+
+    def memory(self, key: str, share_bytes: int) -> Memory:
+        with self.lock:
+            if key not in self.memories:
+                descriptor = os.memfd_create(f"gemma-{key}")
+                os.ftruncate(descriptor, slots.file_bytes(share_bytes))
+                self.memories[key] = Memory(slots.clear(descriptor, share_bytes), descriptor)
+            return self.memories[key]
+
+    def path(self, memory: Memory) -> str:
+        return f"/proc/{os.getpid()}/fd/{memory.descriptor}"
+
+    def inventory(self) -> Held:
+        self.used = time.monotonic()
+        with self.lock:
+            memories = dict(self.memories)
+            deaths = dict(self.deaths)
+        return Held(
+            self.address,
+            {key: whole(m) for key, m in memories.items()},
+            {key: self.path(m) for key, m in memories.items()},
+            max((slots.progress(m.slots)[0] for m in memories.values()), default=0),
+            deaths,
+            oom_kills(),
+        )
+
+    def go_back(self, step: int) -> None:
+        """Gives up every snapshot beyond a step that the run goes back to."""
+        with self.lock:
+            for memory in self.memories.values():
+                with memory.lock:
+                    slots.drop_after(memory.slots, step)
+
+    def watch(self, pid: int) -> None:
+        """Notes when a process ends."""
+        with self.lock:
+            if pid in self.watched:
+                return
+            self.watched.add(pid)
+        threading.Thread(target=self.wait_for_end, args=(pid,), daemon=True, name=f"watch-{pid}").start()
+
+    def wait_for_end(self, pid: int) -> None:
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self.deaths[pid] = time.time()
+            return
+        try:
+            poll = select.poll()
+            poll.register(descriptor, select.POLLIN)
+            poll.poll()
+        finally:
+            os.close(descriptor)
+        with self.lock:
+            self.deaths[pid] = time.time()
+
+    def signal(self, pid: int, number: int) -> bool:
+        """Only a process that this keeper was told to watch; False where it is gone."""
+        if pid not in self.watched:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+            return True
+        return False
+
+    def stacks(self, pid: int) -> str:
+        """What each thread of a process is doing, as the kernel sees it. Its Python stacks it writes itself."""
+        found = []
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGUSR1)
+        for task in sorted(Path(f"/proc/{pid}/task").glob("*")):
+            with contextlib.suppress(OSError):
+                state = task.joinpath("stat").read_text().rpartition(")")[2].split()[0]
+                found.append(f"{task.joinpath('comm').read_text().strip()} {state} {task.joinpath('wchan').read_text()}")
+        return "\n".join(found)
+
+    def serve(self) -> None:
+        while True:
+            connection, _ = self.listener.accept()
+            threading.Thread(target=self.attend, args=(connection,), daemon=True, name="client").start()
+
+    def attend(self, connection: socket.socket) -> None:
+        """One client, until it closes."""
+        with connection, contextlib.suppress(OSError, ValueError, KeyError):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            while head := wire.receive_head(connection):  # as long as it takes: the next step may be far
+                connection.settimeout(wire.TIMEOUT_S)
+                if not secrets.compare_digest(str(head.get("token")), self.address.token):
+                    return
+                self.used = time.monotonic()
+                if head["verb"] == "put":
+                    self.take(connection, head)
+                else:
+                    self.give(connection, head)
+                connection.settimeout(None)
+
+    def take(self, connection: socket.socket, head: dict[str, Any]) -> None:
+        memory = self.memory(head["key"], head["bytes"])
+        with memory.lock:
+            slot, view = slots.begin(memory.slots, head["step"])
+            wire.receive_into(connection, view)
+            notes = bytearray(head["notes"])
+            wire.receive_into(connection, memoryview(notes))
+            slots.commit(memory.slots, slot, head["step"], bytes(notes))
+        wire.send(connection, {})
+
+    def give(self, connection: socket.socket, head: dict[str, Any]) -> None:
+        memory = self.memories.get(head["key"])
+        if memory is None or head["step"] not in slots.held(memory.slots):
+            wire.send(connection, {"error": f"no step {head['step']} of {head['key']}"})
+            return
+        with memory.lock:
+            view = slots.share(memory.slots, slots.held(memory.slots)[head["step"]])
+            notes = slots.raw_notes(memory.slots, head["step"])
+            wire.send(connection, {"bytes": len(view), "notes": len(notes)}, view, notes)
+
+    def expire(self, idle_s: float) -> None:
+        newest = 0.0
+        while True:
+            time.sleep(min(FRESH_S, idle_s / 4))
+            with self.lock:
+                at = max((slots.progress(m.slots)[1] for m in self.memories.values()), default=0.0)
+            if at > newest:
+                newest, self.used = at, time.monotonic()
+            if time.monotonic() - self.used > idle_s:
+                os._exit(0)
+
+
+def whole(memory: Memory) -> tuple[tuple[int, int], ...]:
+    with memory.lock:
+        return tuple(sorted((step, slots.notes(memory.slots, step)["attempt"]) for step in slots.held(memory.slots)))
+
+
+def oom_kills() -> int:
+    """The kernel's count for this control group; 0 where it does not tell."""
+    for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
+        with contextlib.suppress(OSError, ValueError):
+            for line in Path(path).read_text().splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    return 0

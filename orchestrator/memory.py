@@ -1,0 +1,157 @@
+"""The hosts' memories as one thing: a keeper on every host, what they hold together, and what all can go back to."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from gemma.wire import Address
+from orchestrator.config import Config
+from orchestrator.keeper import Held, Keeper
+from orchestrator.placement import Spot
+
+ASK_S = 2.0  # for a living host to say what it holds
+THREADS = 4  # of a keeper: it answers the controller while a snapshot comes in
+
+
+@dataclass(frozen=True)
+class Common:
+    """A step that all shares of the state can be had of."""
+
+    step: int
+    attempt: int  # that made it
+    nodes: tuple[str, ...]  # whose memory each rank reads, in rank order
+
+
+def namespace(run_id: str, created: float) -> str:
+    """Of one run's keepers in a Ray cluster that others use too."""
+    return f"gemma-{run_id}-{created:.0f}"
+
+
+def find(space: str) -> dict[str, Any]:
+    """The keepers of this run that live, by node id: those of an earlier controller, where the cluster lived on."""
+    there = [actor for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == space]
+    return {actor["name"]: ray.get_actor(actor["name"], space) for actor in there}
+
+
+def make(space: str, spot: Spot, idle_s: float) -> Any:
+    """Asks for a keeper on a host; returns its handle at once."""
+    actor = ray.remote(Keeper).options(
+        name=spot.node_id,
+        namespace=space,
+        lifetime="detached",
+        num_cpus=0,
+        max_restarts=0,
+        max_concurrency=THREADS,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(spot.node_id, soft=False),
+    )
+    return actor.remote(spot.ip, idle_s)
+
+
+def inventory(keepers: Mapping[str, Any], timeout_s: float = ASK_S) -> dict[str, Held]:
+    """What each keeper that answers holds, by node id."""
+    refs = {keeper.inventory.remote(): node for node, keeper in keepers.items()}
+    if not refs:
+        return {}
+    ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)
+    found = {}
+    for ref in ready:
+        try:
+            found[refs[ref]] = ray.get(ref)
+        except RayError:  # it died with its host
+            continue
+    return found
+
+
+def newest_common(
+    keys: Sequence[str], nodes: Sequence[str], held: Mapping[str, Held], branches: Mapping[int, int]
+) -> Common | None:
+    """The newest step of which every rank's share lies in some memory; each rank reads its own where it can. Pure.
+
+    keys, nodes: of each rank. branches: for an attempt, the step up to which later ones have kept its history.
+    """
+    whole: list[set[tuple[int, int]]] = []
+    for key in keys:
+        whole.append({at for memory in held.values() for at in memory.steps.get(key, ())})
+    common = set.intersection(*whole) if whole else set()
+    valid = [(step, attempt) for step, attempt in common if step <= branches.get(attempt, step)]
+    if not valid:
+        return None
+    best = max(valid)
+    order = [[node, *(other for other in held if other != node)] for node in nodes]
+    sources = [
+        next(node for node in nearest if node in held and best in held[node].steps.get(key, ()))
+        for key, nearest in zip(keys, order, strict=True)
+    ]
+    return Common(*best, tuple(sources))
+
+
+def branches(events: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """For each attempt the lowest step from which a later one went on: beyond that its steps are of no history. Pure."""
+    began = {e["attempt"]: e["step"] for e in events if e["event"] in ("restore", "recover", "initialise")}
+    return {attempt: min([step for a, step in began.items() if a > attempt], default=2**62) for attempt in began}
+
+
+def buddies(keys: Sequence[str], slices: Sequence[str]) -> list[int | None]:
+    """Whose memory keeps a copy of each rank's share: in another slice where there are several. Pure.
+
+    None where a host of another replica holds the same bytes anyway, or where there is no other host.
+    """
+    ranks = range(len(keys))
+    found: list[int | None] = []
+    for rank in ranks:
+        others = [(rank + shift) % len(keys) for shift in range(1, len(keys))]
+        if any(keys[other] == keys[rank] for other in others):
+            found.append(None)
+            continue
+        elsewhere = [other for other in others if slices[other] != slices[rank]]
+        same_place = [other for other in elsewhere if ranks[other] % per_slice(slices) == rank % per_slice(slices)]
+        found.append((same_place or elsewhere or others or [None])[0])
+    return found
+
+
+def per_slice(slices: Sequence[str]) -> int:
+    return len(slices) // len(set(slices))
+
+
+@dataclass
+class Attaching:
+    """Memory for every share is being made: asked for at once, taken up when it is there."""
+
+    hellos: list[Any]  # refs of Held
+    paths: list[Any]  # refs of str
+    deadline: float
+
+    def ready(self) -> bool:
+        refs = [*self.hellos, *self.paths]
+        return len(ray.wait(refs, num_returns=len(refs), timeout=0)[0]) == len(refs)
+
+    def overdue(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def arguments(self, keys: Sequence[str], slices: Sequence[str], attempt: int) -> list[tuple[Any, ...]]:
+        """Of the verb `keep`, for each rank. Raises RayError where a keeper has died."""
+        addresses: list[Address] = [held.address for held in ray.get(self.hellos)]
+        return [
+            (path, None if buddy is None else addresses[buddy], attempt)
+            for path, buddy in zip(ray.get(self.paths), buddies(keys, slices), strict=True)
+        ]
+
+
+def attach(config: Config, keepers: Sequence[Any], keys: Sequence[str], share_bytes: int, pids: Sequence[int]) -> Attaching:
+    """Asks every keeper, in rank order, for memory, and to watch its host's process."""
+    for keeper, pid in zip(keepers, pids, strict=True):
+        keeper.watch.remote(pid)
+    paths = [keeper.hold.remote(key, share_bytes) for keeper, key in zip(keepers, keys, strict=True)]
+    hellos = [keeper.inventory.remote() for keeper in keepers]
+    return Attaching(hellos, paths, time.monotonic() + config.timeout.start_s)
+
+
+def end(keepers: Mapping[str, Any]) -> None:
+    """Their memory goes with them."""
+    for keeper in keepers.values():
+        ray.kill(keeper, no_restart=True)
