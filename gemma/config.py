@@ -178,8 +178,18 @@ class Checkpoint:
     every_minutes: float  # 0 is off
     keep_last: int
     keep_every: int  # besides, keep every step divisible by this; 0 is off
+    snapshot: Literal["auto", "off"] | int  # to host memory: auto is as often as snapshot_cost allows; or each N steps
+    snapshot_cost: float  # share of training time
+    memory_idle_s: float  # without a controller, the memory is given up after so long
 
     def __post_init__(self) -> None:
+        if isinstance(self.snapshot, int):
+            require_at_least("checkpoint", {"snapshot": self.snapshot}, 1)
+        require(
+            0 < self.snapshot_cost <= 1,
+            f"checkpoint.snapshot_cost={self.snapshot_cost}: must be above 0 and at most 1",
+        )
+        require_at_least("checkpoint", {"memory_idle_s": self.memory_idle_s}, 10)
         values = {"every": self.every, "every_minutes": self.every_minutes, "keep_every": self.keep_every}
         require_at_least("checkpoint", values, 0)
         require_at_least("checkpoint", {"keep_last": self.keep_last}, 1)

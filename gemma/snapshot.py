@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gemma import slots, wire
 from gemma.slots import Slots
 from gemma.step import TrainState
-from gemma.wire import Address
+from gemma.wire import Address, Source
 
 AXES = ("replica", "fsdp", "tensor")
 SETTLE_S = 120.0  # for one snapshot to be written and sent
@@ -43,12 +43,8 @@ class Share:
         return 4 * self.words * len(self.parts)
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a share can be read: in this host's memory, or over the network."""
-
-    path: str | None
-    address: Address | None
+class SnapshotError(RuntimeError):
+    """A snapshot that was there a moment ago is gone: its host died meanwhile."""
 
 
 def share_of(state: TrainState, mesh: jax.sharding.Mesh) -> Share:
@@ -119,15 +115,18 @@ def placed(words: np.ndarray, abstract: jax.ShapeDtypeStruct, mesh: jax.sharding
 
 
 def read(source: Source, share: Share, step: int) -> tuple[np.ndarray, Any]:
-    """uint32 [parts, words] and the notes. Raises OSError or KeyError where it is not there any more."""
-    if source.path is not None:
-        there = slots.open_slots(Path(source.path), share.bytes)
-        view, noted = slots.share(there, slots.held(there)[step]), slots.notes(there, step)
-        words = np.frombuffer(view, np.uint32).copy()  # the slot will be written again
-    else:
-        assert source.address is not None
-        got, noted = wire.get(source.address, share.key, step)
-        words = np.frombuffer(got, np.uint32)
+    """uint32 [parts, words] and the notes. Raises SnapshotError."""
+    try:
+        if source.path is not None:
+            there = slots.open_slots(Path(source.path), share.bytes)
+            view, noted = slots.share(there, slots.held(there)[step]), slots.notes(there, step)
+            words = np.frombuffer(view, np.uint32).copy()  # the slot will be written again
+        else:
+            assert source.address is not None
+            got, noted = wire.get(source.address, share.key, step)
+            words = np.frombuffer(got, np.uint32)
+    except (OSError, KeyError) as error:
+        raise SnapshotError(f"the snapshot of step {step} is gone: {error!r}") from error
     return words.reshape(len(share.parts), share.words), noted
 
 

@@ -22,6 +22,14 @@ class Address:
     token: str
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a share can be read: slots in this host's memory, or another host's keeper."""
+
+    path: str | None
+    address: Address | None
+
+
 def connect(address: Address) -> socket.socket:
     connection = socket.create_connection((address.ip, address.port), timeout=TIMEOUT_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -1,23 +1,23 @@
 """The hosts of one attempt as one thing: start them, speak a verb to all, hear what happened, end them."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.config import Config
 from orchestrator.interrupt import StoppedError
 from orchestrator.outcome import Evidence
-from orchestrator.placement import Placement
-from orchestrator.topology import CHIPS_PER_HOST
+from orchestrator.placement import Placement, Spot
 from orchestrator.worker import Hello, Host, Raised
 
-POLL_S = 0.2
+POLL_S = 0.05
+PING_S = 0.5  # for a spare process to show that it lives; one that is still importing is silent, and will do
 MEGASCALE_PORT = 8080
 GRACE_S = 3.0  # after a failure, for the death that explains it to be seen
 
@@ -26,6 +26,7 @@ GRACE_S = 3.0  # after a failure, for the death that explains it to be seen
 class Group:
     workers: tuple[Any, ...]  # Ray actor handles, in rank order
     placement: Placement
+    begun: tuple[Any, ...]  # refs: each is through once its predecessor is gone
     pids: tuple[int, ...] = ()
     coordinator: str = ""
 
@@ -55,21 +56,45 @@ class HostsFailedError(Exception):
         self.evidence = tuple(evidence)
 
 
-def spawn(config: Config, placement: Placement, folder: Path, attempt: int, predecessors: Mapping[str, int]) -> Group:
-    """Asks for a process on every host; returns at once. predecessors: what ran on a node before, by node id."""
-    workers = []
+def spare(spot: Spot) -> Any:
+    """Asks for a process on a host that has everything imported and waits to be needed; returns at once."""
+    actor = ray.remote(Host).options(
+        num_cpus=0,  # the placement group has the host's resources, and the process at work as its heir
+        max_restarts=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(spot.node_id, soft=False),
+    )
+    return actor.remote()
+
+
+def living(spares: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the spare processes, by node id, that did not die while they waited."""
+    pings = {worker.ping.remote(): node for node, worker in spares.items()}
+    ready, _ = ray.wait(list(pings), num_returns=len(pings), timeout=PING_S) if pings else ([], [])
+    dead = {pings[ref] for ref in ready if isinstance(answer(ref), RayActorError)}
+    return {node: worker for node, worker in spares.items() if node not in dead}
+
+
+def spawn(
+    config: Config,
+    placement: Placement,
+    folder: Path,
+    attempt: int,
+    predecessors: Mapping[str, int],
+    spares: Mapping[str, Any],
+) -> Group:
+    """A process on every host, a spare one where there is one; returns at once.
+
+    predecessors: what ran on a node before, by node id.
+    """
+    workers, begun = [], []
     for rank, spot in enumerate(placement.spots):
-        actor = ray.remote(Host).options(
-            num_cpus=1,
-            resources={"TPU": CHIPS_PER_HOST},
-            max_restarts=0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(placement.group, rank),
-        )
+        worker = spares.get(spot.node_id) or spare(spot)
         log = folder / "logs" / f"attempt-{attempt}-host-{rank}.log"
         gone = [predecessors[spot.node_id]] if spot.node_id in predecessors else []
         env = multislice_env(placement, rank) if config.cluster.num_slices > 1 else {}
-        workers.append(actor.remote(str(log), env, gone, config.timeout.stop_s))
-    return Group(tuple(workers), placement)
+        workers.append(worker)
+        begun.append(worker.begin.remote(str(log), env, gone, config.timeout.stop_s))
+    return Group(tuple(workers), placement, tuple(begun))
 
 
 def multislice_env(placement: Placement, rank: int) -> dict[str, str]:
@@ -86,6 +111,7 @@ def join(group: Group, config: Config, stop: Callable[[], bool]) -> Group:
     """Waits for the processes and lets them find each other. Raises HostsFailedError, StoppedError."""
     timeout_s = config.timeout.start_s
     spots = group.placement.spots
+    collect(Call("process start", group.begun, timeout_s, group.placement), stop)
     refs = [w.hello.remote(spot.ip) for w, spot in zip(group.workers, spots, strict=True)]
     hellos: list[Hello] = collect(Call("process start", tuple(refs), timeout_s, group.placement), stop)
     group = replace(group, pids=tuple(h.pid for h in hellos), coordinator=hellos[0].coordinator)
@@ -102,7 +128,12 @@ def open_trainers(group: Group, config: Config, folder: Path) -> Call:
 
 def call(group: Group, timeout_s: float, verb: str, *args: Any) -> Call:
     """Sends a verb to all hosts; they take it up in order."""
-    refs = tuple(worker.call.remote(verb, *args) for worker in group.workers)
+    return call_each(group, timeout_s, verb, [args] * len(group.workers))
+
+
+def call_each(group: Group, timeout_s: float, verb: str, arguments: Sequence[tuple[Any, ...]]) -> Call:
+    """The same, each host with arguments of its own, in rank order."""
+    refs = tuple(w.call.remote(verb, *args) for w, args in zip(group.workers, arguments, strict=True))
     return Call(verb, refs, timeout_s, group.placement)
 
 
@@ -157,7 +188,7 @@ def describe(rank: int, found: Raised | RayActorError, node_alive: bool) -> Evid
     return Evidence(rank, died=True, node_alive=node_alive, message=" ".join(str(found).split()))
 
 
-def stop(group: Group) -> None:
-    """Kills every process of the group. The next attempt's processes wait for their predecessors' pids."""
-    for worker in group.workers:
+def stop(workers: Iterable[Any]) -> None:
+    """Kills processes. The next attempt's wait for their predecessors' pids to be gone."""
+    for worker in workers:
         ray.kill(worker, no_restart=True)

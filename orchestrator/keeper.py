@@ -1,4 +1,4 @@
-"""What stays on a host when its training process dies: the memory of snapshots, and a pair of eyes. A Ray actor, no JAX.
+"""What stays on a host when its training process dies: the memory of snapshots, and a pair of eyes. A Ray actor.
 
 One a host and run, detached: it outlives the controller too, where the cluster does. The memory is its own (memfd), so
 nothing is left of it once this process ends; it ends by itself when nobody has used it for long.
@@ -134,7 +134,9 @@ class Keeper:
         for task in sorted(Path(f"/proc/{pid}/task").glob("*")):
             with contextlib.suppress(OSError):
                 state = task.joinpath("stat").read_text().rpartition(")")[2].split()[0]
-                found.append(f"{task.joinpath('comm').read_text().strip()} {state} {task.joinpath('wchan').read_text()}")
+                found.append(
+                    f"{task.joinpath('comm').read_text().strip()} {state} {task.joinpath('wchan').read_text()}"
+                )
         return "\n".join(found)
 
     def serve(self) -> None:

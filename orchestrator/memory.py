@@ -1,6 +1,5 @@
 """The hosts' memories as one thing: a keeper on every host, what they hold together, and what all can go back to."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,6 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gemma.wire import Address
-from orchestrator.config import Config
 from orchestrator.keeper import Held, Keeper
 from orchestrator.placement import Spot
 
@@ -74,9 +72,7 @@ def newest_common(
 
     keys, nodes: of each rank. branches: for an attempt, the step up to which later ones have kept its history.
     """
-    whole: list[set[tuple[int, int]]] = []
-    for key in keys:
-        whole.append({at for memory in held.values() for at in memory.steps.get(key, ())})
+    whole = [{at for memory in held.values() for at in memory.steps.get(key, ())} for key in keys]
     common = set.intersection(*whole) if whole else set()
     valid = [(step, attempt) for step, attempt in common if step <= branches.get(attempt, step)]
     if not valid:
@@ -91,8 +87,8 @@ def newest_common(
 
 
 def branches(events: Sequence[Mapping[str, Any]]) -> dict[int, int]:
-    """For each attempt the lowest step from which a later one went on: beyond that its steps are of no history. Pure."""
-    began = {e["attempt"]: e["step"] for e in events if e["event"] in ("restore", "recover", "initialise")}
+    """For each attempt the lowest step from which a later one went on: its steps beyond are of no history. Pure."""
+    began = {e["attempt"]: e["step"] for e in events if e["event"] in ("restore", "initialise")}
     return {attempt: min([step for a, step in began.items() if a > attempt], default=2**62) for attempt in began}
 
 
@@ -110,7 +106,7 @@ def buddies(keys: Sequence[str], slices: Sequence[str]) -> list[int | None]:
             continue
         elsewhere = [other for other in others if slices[other] != slices[rank]]
         same_place = [other for other in elsewhere if ranks[other] % per_slice(slices) == rank % per_slice(slices)]
-        found.append((same_place or elsewhere or others or [None])[0])
+        found.append(next(iter(same_place or elsewhere or others), None))
     return found
 
 
@@ -122,33 +118,36 @@ def per_slice(slices: Sequence[str]) -> int:
 class Attaching:
     """Memory for every share is being made: asked for at once, taken up when it is there."""
 
-    hellos: list[Any]  # refs of Held
+    addresses: list[Any]  # refs of Held
     paths: list[Any]  # refs of str
-    deadline: float
+    patience_s: float  # of the first look
 
     def ready(self) -> bool:
-        refs = [*self.hellos, *self.paths]
-        return len(ray.wait(refs, num_returns=len(refs), timeout=0)[0]) == len(refs)
-
-    def overdue(self) -> bool:
-        return time.monotonic() > self.deadline
-
-    def arguments(self, keys: Sequence[str], slices: Sequence[str], attempt: int) -> list[tuple[Any, ...]]:
-        """Of the verb `keep`, for each rank. Raises RayError where a keeper has died."""
-        addresses: list[Address] = [held.address for held in ray.get(self.hellos)]
-        return [
-            (path, None if buddy is None else addresses[buddy], attempt)
-            for path, buddy in zip(ray.get(self.paths), buddies(keys, slices), strict=True)
-        ]
+        refs = [*self.addresses, *self.paths]
+        there, _ = ray.wait(refs, num_returns=len(refs), timeout=self.patience_s)
+        self.patience_s = 0.0
+        return len(there) == len(refs)
 
 
-def attach(config: Config, keepers: Sequence[Any], keys: Sequence[str], share_bytes: int, pids: Sequence[int]) -> Attaching:
+def keep_arguments(
+    attaching: Attaching, keys: Sequence[str], slices: Sequence[str], attempt: int
+) -> list[tuple[Any, ...]]:
+    """Of the verb `keep`, for each rank. Raises RayError where a keeper has died."""
+    addresses: list[Address] = [held.address for held in ray.get(attaching.addresses)]
+    return [
+        (path, None if buddy is None else addresses[buddy], attempt)
+        for path, buddy in zip(ray.get(attaching.paths), buddies(keys, slices), strict=True)
+    ]
+
+
+def attach(
+    keepers: Sequence[Any], keys: Sequence[str], share_bytes: int, pids: Sequence[int], patience_s: float
+) -> Attaching:
     """Asks every keeper, in rank order, for memory, and to watch its host's process."""
     for keeper, pid in zip(keepers, pids, strict=True):
         keeper.watch.remote(pid)
     paths = [keeper.hold.remote(key, share_bytes) for keeper, key in zip(keepers, keys, strict=True)]
-    hellos = [keeper.inventory.remote() for keeper in keepers]
-    return Attaching(hellos, paths, time.monotonic() + config.timeout.start_s)
+    return Attaching([keeper.inventory.remote() for keeper in keepers], paths, patience_s)
 
 
 def end(keepers: Mapping[str, Any]) -> None:

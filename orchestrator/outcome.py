@@ -25,6 +25,7 @@ class Outcome(Enum):
     PEER_LOST = "peer lost"  # the collectives broke, nobody was seen to die
     BAD_INPUT = "bad input"  # the user's mistake, seen on a host
     CHECKPOINT = "checkpoint unreadable"
+    SNAPSHOT = "snapshot gone"  # a second host died while the state was being read from its memory
     ERROR = "error"  # an exception in the program
 
 
@@ -46,6 +47,8 @@ def classify(evidence: Sequence[Evidence]) -> tuple[Outcome, Evidence]:
             return Outcome.BAD_INPUT, item
         if item.exception == "CheckpointError":
             return Outcome.CHECKPOINT, item
+        if item.exception == "SnapshotError":
+            return Outcome.SNAPSHOT, item
     for item in raised:
         if item.exception not in COLLECTIVE_ERRORS:
             return Outcome.ERROR, item

@@ -81,5 +81,11 @@ def reserve(config: Config, stop: Callable[[], bool]) -> Placement:
         time.sleep(POLL_S)
 
 
+def stands(placement: Placement) -> bool:
+    """Whether every host of a placement is alive still."""
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return all(spot.node_id in alive for spot in placement.spots)
+
+
 def release(placement: Placement) -> None:
     remove_placement_group(placement.group)

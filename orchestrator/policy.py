@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from orchestrator.outcome import Outcome
 
-RETRIED = frozenset({Outcome.HOST_DIED, Outcome.NODE_DIED, Outcome.HANG, Outcome.PEER_LOST})
+RETRIED = frozenset({Outcome.HOST_DIED, Outcome.NODE_DIED, Outcome.HANG, Outcome.PEER_LOST, Outcome.SNAPSHOT})
 
 
 @dataclass(frozen=True)

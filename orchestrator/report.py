@@ -2,11 +2,12 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gemma import v5p
-from gemma.reports import Restored, Row
+from gemma.reports import Evaluated, Restored, Row
 from orchestrator import rundir
 from orchestrator.config import Config
 from orchestrator.goodput import Ledger
@@ -32,7 +33,9 @@ class Report:
         self.wandb = WandbLog(config, folder, self.screen.say)
         self.newest = max(rundir.metrics(folder), default=0)  # the newest step ever reported
         self.step = 0  # the newest of this attempt
-        self.attempt = max((e.get("attempt", 0) for e in rundir.events(folder)), default=0)
+        told = rundir.events(folder)
+        self.attempt = max((e.get("attempt", 0) for e in told), default=0)
+        self.evaluated_step = max((e["step"] for e in told if e["event"] == "eval"), default=0)
         self.facts: Restored | None = None
         self.goodput_written = 0.0
         self.first_step_s: float | None = None  # from the command to the first step's loss
@@ -53,33 +56,46 @@ class Report:
             row["duration_s"] = round(duration_s, 4)
         self.events_file.write(row | evidence)
 
-    def ready(self, facts: Restored, duration_s: float) -> None:
-        """The hosts stand ready: splits the time since they started into what they did."""
+    def ready(self, facts: Restored, snapshot_of: int | None, duration_s: float) -> None:
+        """The hosts stand ready: splits the time since they started into what they did.
+
+        snapshot_of: the attempt whose snapshot they restored, if any. Its last results may not have been told yet.
+        """
         self.facts, self.step = facts, facts.step
         for bucket, seconds in facts.seconds.items():
             self.ledger.move("start", bucket, seconds)
         self.event("compile", facts.step, facts.seconds.get("compile"), cached=facts.compile_cached)
         name = "initialise" if facts.fresh else "restore"
         evidence = {"seconds": facts.seconds, "platform": facts.platform, "fingerprint": facts.fingerprint}
+        if not facts.fresh:
+            evidence["source"] = "disk" if snapshot_of is None else "memory"
         self.event(name, facts.step, facts.seconds.get("restore"), **evidence)
         if self.config.cluster.kind != "local" and facts.platform != "tpu":
             self.screen.say(f"the hosts have no TPU: they compute on {facts.platform}")
         self.wandb.log({"step": facts.step, "attempt": self.attempt, "restarts": self.ledger.restarts})
+        for row in facts.rows:
+            if row.step > self.newest:
+                self.write_row(row, snapshot_of)
+        for found in facts.evals:
+            if found.step > self.evaluated_step:
+                self.evaluated(found)
 
-    def rows(self, rows: list[Row]) -> None:
-        assert self.facts is not None
+    def rows(self, rows: Sequence[Row]) -> None:
         if self.first_step_s is None and rows:
             self.first_step_s = time.monotonic() - self.commanded
             self.event("first_step", rows[0].step, self.first_step_s)
         for row in rows:
             if row.step <= self.newest:
                 self.ledger.move("step", "replay", row.step_s)
-            self.step, self.newest = row.step, max(self.newest, row.step)
-            full = self.full_row(row)
-            self.metrics_file.write(full)
-            self.wandb.log(full)
-            self.screen.step(full)
+            self.write_row(row, self.attempt)
         self.write_goodput()
+
+    def write_row(self, row: Row, attempt: int | None) -> None:
+        self.step, self.newest = row.step, max(self.newest, row.step)
+        full = self.full_row(row) | {"attempt": attempt}
+        self.metrics_file.write(full)
+        self.wandb.log(full)
+        self.screen.step(full)
 
     def full_row(self, row: Row) -> dict[str, Any]:
         """A line of metrics.jsonl."""
@@ -99,6 +115,7 @@ class Report:
             "tokens": row.step * per_step,
             "targets": metrics["targets"],
             "step_s": row.step_s,
+            "time": row.time,
             "tokens_per_s": per_step / step_s,
             "mfu": self.facts.step_flops / step_s / peak,
         }
@@ -108,11 +125,12 @@ class Report:
         assert self.facts is not None
         return loss / 0.6931471805599453 / self.facts.bytes_per_target
 
-    def evaluated(self, step: int, loss: float, duration_s: float) -> None:
-        self.ledger.move("step", "eval", duration_s)
-        bits = self.bits_per_byte(loss)
-        self.event("eval", step, duration_s, loss=loss, bits_per_byte=bits)
-        self.wandb.log(eval_row(step, loss, bits))
+    def evaluated(self, found: Evaluated) -> None:
+        self.ledger.move("step", "eval", found.seconds)
+        bits = self.bits_per_byte(found.loss)
+        self.event("eval", found.step, found.seconds, loss=found.loss, bits_per_byte=bits)
+        self.wandb.log(eval_row(found.step, found.loss, bits))
+        self.evaluated_step = found.step
 
     def saved(self, step: int, duration_s: float) -> None:
         self.ledger.move("step", "save", duration_s)

@@ -1,7 +1,10 @@
 """How far to send the hosts ahead. Pure."""
 
+import math
+
 WINDOW_S = 1.0  # two windows are in flight: long enough to hide the controller, short enough to stop soon
 MOST_STEPS = 200
+OVERLAPPED = 0.8  # of a step is still to be done when the step before it is seen done
 
 
 def window_end(first: int, end: int, step_s: float | None, stops: tuple[int, ...]) -> int:
@@ -18,3 +21,13 @@ def window_end(first: int, end: int, step_s: float | None, stops: tuple[int, ...
 def due(step: int, end: int, every: int) -> bool:
     """Whether something that happens every so many steps, and at the end, happens after `step` steps."""
     return step == end or (every > 0 and step % every == 0)
+
+
+def snapshot_every(pack_s: float, wait_s: float, step_s: float, cost: float) -> int:
+    """Steps from one snapshot to the next, so that they cost at most a share `cost` of the time.
+
+    pack_s: that the devices take for one. wait_s: that the host waited for one to be written, which it does while the
+    devices have a step to do: only what goes beyond that holds training up.
+    """
+    spent_s = pack_s + max(0.0, wait_s - OVERLAPPED * step_s)
+    return max(1, math.ceil(spent_s / (cost * max(step_s, 1e-6))))

@@ -64,6 +64,9 @@ class Host:
         self.rank = 0
         self.notice: str | None = None
 
+    def ping(self) -> None:
+        """Answers once everything is imported."""
+
     def begin(self, log: str, env: dict[str, str], predecessors: list[int], timeout_s: float) -> Raised | None:
         """Takes part in an attempt. log: where this process writes; predecessors: pids that must be gone first."""
         redirect(log)

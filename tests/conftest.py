@@ -61,7 +61,15 @@ def program() -> Program:
             init_from=None,
         ),
         eval=Eval(every=0, batches=1),
-        checkpoint=Checkpoint(every=0, every_minutes=0.0, keep_last=1, keep_every=0),
+        checkpoint=Checkpoint(
+            every=0,
+            every_minutes=0.0,
+            keep_last=1,
+            keep_every=0,
+            snapshot="auto",
+            snapshot_cost=0.01,
+            memory_idle_s=60.0,
+        ),
         profile=Profile(steps=()),
     )
 

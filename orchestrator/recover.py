@@ -1,0 +1,114 @@
+"""From a failure to hosts that stand ready again: what it was, and where to go on from."""
+
+import time
+from pathlib import Path
+
+import ray
+
+from gemma.config import ConfigError
+from gemma.reports import Opened, Restored
+from gemma.wire import Source
+from orchestrator import group as hosts
+from orchestrator import memory, rundir
+from orchestrator.config import Config
+from orchestrator.group import Group, HostsFailedError
+from orchestrator.interrupt import Interrupt
+from orchestrator.keeper import Held
+from orchestrator.memory import Common
+from orchestrator.outcome import Evidence, Outcome, classify
+from orchestrator.policy import Failure
+from orchestrator.report import Report
+from orchestrator.sites import Site
+
+
+def start(
+    config: Config, folder: Path, group: Group, site: Site, report: Report, interrupt: Interrupt, started: float
+) -> list[Opened]:
+    """Brings the hosts to the newest step that all can go on from: in memory, else on disk, else the beginning."""
+    report.phase("start", "loading data and compiling")
+    opened: list[Opened] = hosts.collect(hosts.open_trainers(group, config, folder), interrupt.asked)
+    saved = newest_checkpoint(folder)
+    held = memory.inventory(site.keepers)
+    common = recall(held, group, opened, folder, saved or 0)
+    step = common.step if common else saved
+    where = "initialising" if step is None else f"restoring step {step} from {'memory' if common else 'disk'}"
+    report.phase("start", where)
+    go_back(site, step or 0, config.timeout.start_s)
+    sources = [None] * len(opened) if common is None else sources_of(common, held, group, opened)
+    arguments = [(step, source) for source in sources]
+    call = hosts.call_each(group, config.timeout.restore_s, "restore", arguments)
+    restored: list[Restored] = [told.value for told in hosts.collect(call, interrupt.asked)]
+    same_text(folder, {answer.fingerprint for answer in restored}, config.resume.allow_data_change)
+    report.phase("step", "training")
+    report.ready(restored[0], common.attempt if common else None, time.monotonic() - started)
+    return opened
+
+
+def recall(held: dict[str, Held], group: Group, opened: list[Opened], folder: Path, saved: int) -> Common | None:
+    """What the hosts' memories hold in common, unless the disk holds a later step."""
+    keys = [one.share_key for one in opened]
+    nodes = [spot.node_id for spot in group.placement.spots]
+    common = memory.newest_common(keys, nodes, held, memory.branches(rundir.events(folder)))
+    return common if common is not None and common.step >= saved else None
+
+
+def sources_of(common: Common, held: dict[str, Held], group: Group, opened: list[Opened]) -> list[Source | None]:
+    """Where each rank reads its share: a path on its own host, an address elsewhere."""
+    found: list[Source | None] = []
+    for node, spot, one in zip(common.nodes, group.placement.spots, opened, strict=True):
+        here = node == spot.node_id
+        found.append(Source(held[node].paths[one.share_key], None) if here else Source(None, held[node].address))
+    return found
+
+
+def go_back(site: Site, step: int, timeout_s: float) -> None:
+    """No memory holds a step beyond this one any more: such would not be of the history that is now made."""
+    refs = [keeper.go_back.remote(step) for keeper in site.keepers.values()]
+    ray.wait(refs, num_returns=len(refs), timeout=timeout_s) if refs else None
+
+
+def same_text(folder: Path, prints: set[str], allow_change: bool) -> None:
+    """Refuses hosts that read different tokens, and tokens other than those the run has trained on."""
+    if len(prints) > 1:
+        raise ConfigError("data.path: the hosts do not see the same text; give a path that all of them share")
+    before = [event["fingerprint"] for event in rundir.events(folder) if "fingerprint" in event]
+    if before and {before[-1]} != prints and not allow_change:
+        raise ConfigError(
+            "data: the text or tokenizer is not what this run has trained on, so its batches would be others;"
+            " allowed with resume.allow_data_change=true"
+        )
+
+
+def newest_checkpoint(folder: Path) -> int | None:
+    """The step to go on from. Fails closed: what was committed once must still be there.
+
+    Hosts run ahead of the controller: where it died, a checkpoint may lie beyond the last step it wrote down. An
+    earlier one is taken then, so that every step has its line; the steps done again are the same to the bit.
+    """
+    found = rundir.committed(folder)
+    announced = [event["step"] for event in rundir.events(folder) if event["event"] == "commit"]
+    if announced and (not found or found[-1] < max(announced)):
+        missing = folder / "checkpoints" / str(max(announced))
+        message = f"{missing} was committed and is gone; the run does not start afresh by itself"
+        raise HostsFailedError([Evidence(0, exception="CheckpointError", message=message)])
+    reported = max(rundir.metrics(folder), default=0)
+    return max([step for step in found if step <= reported] or found, default=None)
+
+
+def understand(folder: Path, evidence: tuple[Evidence, ...], report: Report) -> Failure:
+    """Classifies a failure and writes its full story to a file. Raises ConfigError for the user's own mistakes."""
+    outcome, cause = classify(evidence)
+    if outcome is Outcome.BAD_INPUT:
+        raise ConfigError(cause.message)
+    path = folder / "logs" / f"attempt-{report.attempt}-failure.txt"
+    story = [f"{outcome.value}: rank {cause.rank} at step {report.step}", ""]
+    for item in evidence:
+        story += [f"rank {item.rank}: {item}", item.traceback, ""]
+    path.write_text("\n".join(story))
+    said = cause.overdue or f"{cause.exception or ''} {cause.message}".strip()
+    report.event("failure", outcome=outcome.value, rank=cause.rank, evidence=said[:500], story=str(path))
+    report.screen.say(f"{outcome.value}: rank {cause.rank} at step {report.step}: {said[:200]} ({path})")
+    frames = [line.strip() for line in cause.traceback.splitlines() if line.lstrip().startswith("File ")]
+    signature = " | ".join([outcome.value, cause.exception or "", *frames[-1:]])
+    committed = rundir.committed(folder)
+    return Failure(outcome, signature, report.step, committed[-1] if committed else None)
