@@ -3,8 +3,12 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-BUCKETS = ("step", "replay", "reserve", "start", "data", "compile", "restore", "eval", "save", "down", "other")
+BUCKETS = (
+    *("step", "replay", "reserve", "start", "data", "compile", "restore", "eval", "save", "snapshot"),
+    *("detect", "down", "other"),
+)
 
 
 @dataclass
@@ -15,6 +19,7 @@ class Ledger:
     current: str = "other"
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BUCKETS, 0.0))
     restarts: int = 0
+    incidents: list[dict[str, Any]] = field(default_factory=list)  # what earlier controllers have told
     since: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -49,3 +54,6 @@ class Ledger:
         for name, value in buckets.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + float(value)
         self.restarts += int(str(earlier.get("restarts", 0)))
+        incidents = earlier.get("incidents", [])
+        assert isinstance(incidents, list)
+        self.incidents = incidents

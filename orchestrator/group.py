@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.config import Config
@@ -159,10 +159,10 @@ class Answer:
 
 
 def answer(ref: Any) -> Any:
-    """An Answer, a Raised, or the error Ray gives for a dead actor."""
+    """An Answer, a Raised, or the error Ray gives for a dead process."""
     try:
         value = ray.get(ref, timeout=10)
-    except RayActorError as error:
+    except RayError as error:
         return error
     return value if isinstance(value, Raised) else Answer(value)
 
@@ -174,18 +174,18 @@ def gather_evidence(sent: Call) -> list[Evidence]:
         ready, waiting = ray.wait(list(sent.refs), num_returns=len(sent.refs), timeout=POLL_S)
         failed = {rank: answer(ref) for rank, ref in enumerate(sent.refs) if ref in ready}
         failed = {rank: found for rank, found in failed.items() if not isinstance(found, Answer)}
-        died = any(isinstance(found, RayActorError) for found in failed.values())
+        died = any(isinstance(found, RayError) for found in failed.values())
         if died or not waiting or time.monotonic() > deadline:
             break
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    spots = sent.placement.spots
-    return [describe(rank, found, spots[rank].node_id in alive) for rank, found in failed.items()]
+    return [describe(rank, found) for rank, found in failed.items()]
 
 
-def describe(rank: int, found: Raised | RayActorError, node_alive: bool) -> Evidence:
+def describe(rank: int, found: Raised | RayError) -> Evidence:
     if isinstance(found, Raised):
-        return Evidence(rank, exception=found.exception, message=found.message, traceback=found.traceback)
-    return Evidence(rank, died=True, node_alive=node_alive, message=" ".join(str(found).split()))
+        raised = found.exception, found.message, found.traceback
+        return Evidence(rank, exception=raised[0], message=raised[1], traceback=raised[2], time=found.time)
+    starved = isinstance(found, OutOfMemoryError)  # killed by Ray, before the kernel does
+    return Evidence(rank, died=True, out_of_memory=starved, message=" ".join(str(found).split()))
 
 
 def stop(workers: Iterable[Any]) -> None:

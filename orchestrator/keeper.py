@@ -33,6 +33,7 @@ class Held:
     done: int  # steps its training process had done, the newest it told
     deaths: dict[int, float]  # time.time() at which a watched process was seen to end
     ooms: int  # processes killed for memory on this host, as the kernel counts them
+    notice: str | None  # that the machine will be taken away
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Keeper:
         self.deaths: dict[int, float] = {}
         self.watched: set[int] = set()
         self.lock = threading.Lock()
+        self.notice: str | None = None
         self.used = time.monotonic()
         self.listener = socket.create_server((ip, 0))
         self.address = Address(ip, self.listener.getsockname()[1], secrets.token_hex(16))
@@ -85,6 +87,7 @@ class Keeper:
             max((slots.progress(m.slots)[0] for m in memories.values()), default=0),
             deaths,
             oom_kills(),
+            self.notice,
         )
 
     def go_back(self, step: int) -> None:
@@ -127,16 +130,15 @@ class Keeper:
         return False
 
     def stacks(self, pid: int) -> str:
-        """What each thread of a process is doing, as the kernel sees it. Its Python stacks it writes itself."""
+        """State, place in the kernel and name of each thread of a process. Its Python stacks it writes itself."""
         found = []
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGUSR1)
         for task in sorted(Path(f"/proc/{pid}/task").glob("*")):
             with contextlib.suppress(OSError):
                 state = task.joinpath("stat").read_text().rpartition(")")[2].split()[0]
-                found.append(
-                    f"{task.joinpath('comm').read_text().strip()} {state} {task.joinpath('wchan').read_text()}"
-                )
+                name, waits_in = task.joinpath("comm").read_text().strip(), task.joinpath("wchan").read_text()
+                found.append(f"{state} {waits_in} {name}")
         return "\n".join(found)
 
     def serve(self) -> None:
@@ -198,8 +200,8 @@ def whole(memory: Memory) -> tuple[tuple[int, int], ...]:
 
 
 def oom_kills() -> int:
-    """The kernel's count for this control group; 0 where it does not tell."""
-    for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
+    """The kernel's count for this control group, or for the machine; 0 where it does not tell."""
+    for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control", "/proc/vmstat"):
         with contextlib.suppress(OSError, ValueError):
             for line in Path(path).read_text().splitlines():
                 if line.startswith("oom_kill "):

@@ -12,7 +12,6 @@ from gemma.wire import Address
 from orchestrator.keeper import Held, Keeper
 from orchestrator.placement import Spot
 
-ASK_S = 2.0  # for a living host to say what it holds
 THREADS = 4  # of a keeper: it answers the controller while a snapshot comes in
 
 
@@ -50,7 +49,7 @@ def make(space: str, spot: Spot, idle_s: float) -> Any:
     return actor.remote(spot.ip, idle_s)
 
 
-def inventory(keepers: Mapping[str, Any], timeout_s: float = ASK_S) -> dict[str, Held]:
+def inventory(keepers: Mapping[str, Any], timeout_s: float) -> dict[str, Held]:
     """What each keeper that answers holds, by node id."""
     refs = {keeper.inventory.remote(): node for node, keeper in keepers.items()}
     if not refs:

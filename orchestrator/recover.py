@@ -1,6 +1,7 @@
 """From a failure to hosts that stand ready again: what it was, and where to go on from."""
 
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import ray
@@ -9,7 +10,7 @@ from gemma.config import ConfigError
 from gemma.reports import Opened, Restored
 from gemma.wire import Source
 from orchestrator import group as hosts
-from orchestrator import memory, rundir
+from orchestrator import memory, rundir, witness
 from orchestrator.config import Config
 from orchestrator.group import Group, HostsFailedError
 from orchestrator.interrupt import Interrupt
@@ -20,6 +21,8 @@ from orchestrator.policy import Failure
 from orchestrator.report import Report
 from orchestrator.sites import Site
 
+ASK_S = 1.0  # for keepers to answer; those of a dead machine never will
+
 
 def start(
     config: Config, folder: Path, group: Group, site: Site, report: Report, interrupt: Interrupt, started: float
@@ -28,9 +31,12 @@ def start(
     report.phase("start", "loading data and compiling")
     opened: list[Opened] = hosts.collect(hosts.open_trainers(group, config, folder), interrupt.asked)
     saved = newest_checkpoint(folder)
-    held = memory.inventory(site.keepers)
+    held = memory.inventory(site.keepers, ASK_S)
+    site.keys = [one.share_key for one in opened]
+    site.ooms |= {node: one.ooms for node, one in held.items()}
     common = recall(held, group, opened, folder, saved or 0)
     step = common.step if common else saved
+    report.restoring = None if common else saved
     where = "initialising" if step is None else f"restoring step {step} from {'memory' if common else 'disk'}"
     report.phase("start", where)
     go_back(site, step or 0, config.timeout.start_s)
@@ -86,7 +92,9 @@ def newest_checkpoint(folder: Path) -> int | None:
     earlier one is taken then, so that every step has its line; the steps done again are the same to the bit.
     """
     found = rundir.committed(folder)
-    announced = [event["step"] for event in rundir.events(folder) if event["event"] == "commit"]
+    events = rundir.events(folder)
+    aside = {event["step"] for event in events if event["event"] == "set_aside"}
+    announced = [event["step"] for event in events if event["event"] == "commit" and event["step"] not in aside]
     if announced and (not found or found[-1] < max(announced)):
         missing = folder / "checkpoints" / str(max(announced))
         message = f"{missing} was committed and is gone; the run does not start afresh by itself"
@@ -95,20 +103,49 @@ def newest_checkpoint(folder: Path) -> int | None:
     return max([step for step in found if step <= reported] or found, default=None)
 
 
-def understand(folder: Path, evidence: tuple[Evidence, ...], report: Report) -> Failure:
-    """Classifies a failure and writes its full story to a file. Raises ConfigError for the user's own mistakes."""
+def understand(folder: Path, failed: HostsFailedError, group: Group, site: Site, report: Report) -> Failure:
+    """Finds out what a failure was, and writes its full story to a file. Raises ConfigError for the user's mistakes."""
+    held = memory.inventory(site.keepers, ASK_S)
+    evidence = witness.investigate(failed.evidence, group, site, held, folder, report.attempt)
+    kernel: dict[int, str] = {}
+    if all(item.overdue for item in evidence):
+        kernel = witness.dump_stacks(group, site, folder, report.attempt)
+        evidence = [replace(item, stopped=witness.is_stopped(kernel.get(item.rank, ""))) for item in evidence]
     outcome, cause = classify(evidence)
     if outcome is Outcome.BAD_INPUT:
         raise ConfigError(cause.message)
+    nodes = [spot.node_id for spot in group.placement.spots]
+    common = memory.newest_common(site.keys, nodes, held, memory.branches(rundir.events(folder)))
+    done = max([report.newest, *(one.done for one in held.values())])
+    others = set_aside(folder, report) if outcome is Outcome.CHECKPOINT else 0
+    restorable = [*rundir.committed(folder), *([common.step] if common else [])]
+    told = tell(evidence, kernel)
     path = folder / "logs" / f"attempt-{report.attempt}-failure.txt"
-    story = [f"{outcome.value}: rank {cause.rank} at step {report.step}", ""]
-    for item in evidence:
-        story += [f"rank {item.rank}: {item}", item.traceback, ""]
-    path.write_text("\n".join(story))
-    said = cause.overdue or f"{cause.exception or ''} {cause.message}".strip()
-    report.event("failure", outcome=outcome.value, rank=cause.rank, evidence=said[:500], story=str(path))
-    report.screen.say(f"{outcome.value}: rank {cause.rank} at step {report.step}: {said[:200]} ({path})")
+    path.write_text(f"{outcome.value}: rank {cause.rank} at step {done}\n\n{told}")
+    report.failed(outcome.value, cause, done, path)
     frames = [line.strip() for line in cause.traceback.splitlines() if line.lstrip().startswith("File ")]
-    signature = " | ".join([outcome.value, cause.exception or "", *frames[-1:]])
-    committed = rundir.committed(folder)
-    return Failure(outcome, signature, report.step, committed[-1] if committed else None)
+    signature = " | ".join([outcome.value, cause.exception or "", cause.crash[:80], *frames[-1:]])
+    return Failure(outcome, signature, done, max(restorable, default=None), others)
+
+
+def tell(evidence: list[Evidence], kernel: dict[int, str]) -> str:
+    """The full story, host by host."""
+    story = []
+    for item in evidence:
+        facts = {
+            k: v for k, v in asdict(item).items() if v not in (None, "", False) and k not in ("traceback", "crash")
+        }
+        story += [f"rank {item.rank}: {facts}", item.crash, item.traceback, kernel.get(item.rank, "")]
+    return "\n".join(filter(None, story)) + "\n"
+
+
+def set_aside(folder: Path, report: Report) -> int:
+    """Renames the checkpoint that could not be read: the one before is the newest now. Returns how many are left."""
+    step = report.restoring
+    if step is not None:
+        path = folder / "checkpoints" / str(step)
+        aside = path.with_name(f"{step}.unreadable-{report.attempt}")
+        path.rename(aside)
+        report.event("set_aside", step, path=str(aside))
+        report.screen.say(f"checkpoint {path} cannot be read; kept as {aside}")
+    return len(rundir.committed(folder))

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,18 @@ from gemma.reports import Evaluated, Restored, Row
 from orchestrator import rundir
 from orchestrator.config import Config
 from orchestrator.goodput import Ledger
+from orchestrator.incident import Incident, as_rows, page
+from orchestrator.outcome import Evidence
+from orchestrator.policy import GiveUp, Restart
 from orchestrator.progress import Screen
 from orchestrator.wandb_log import WandbLog, eval_row
 
 GOODPUT_EVERY_S = 5.0
+
+
+def resume_command(config: Config, folder: Path, more: str = "") -> str:
+    root = "" if config.run.root == "runs" else f" run.root={config.run.root}"
+    return f"python -m launch.resume run={folder.name}{root}{more}"
 
 
 class Report:
@@ -38,7 +47,12 @@ class Report:
         self.evaluated_step = max((e["step"] for e in told if e["event"] == "eval"), default=0)
         self.facts: Restored | None = None
         self.goodput_written = 0.0
+        self.last_row_time = 0.0  # time.time() at which the newest step was done
+        self.story = folder
         self.first_step_s: float | None = None  # from the command to the first step's loss
+        self.restoring: int | None = None  # the checkpoint that is being read
+        self.incidents: list[Incident] = [Incident(**row) for row in self.ledger.incidents]
+        self.detected_at = self.ready_at = 0.0  # time.monotonic() of the newest incident
 
     def begin_attempt(self) -> None:
         self.attempt += 1
@@ -47,14 +61,56 @@ class Report:
     def phase(self, bucket: str, shown: str) -> float:
         """The controller turns to something else; returns the seconds the last thing took."""
         self.screen.phase(shown, self.newest)
+        if bucket != self.ledger.current:
+            self.event("phase", name=bucket)
         return self.ledger.switch(bucket)
 
-    def event(self, name: str, step: int | None = None, duration_s: float | None = None, **evidence: Any) -> None:
-        row: dict[str, Any] = {"time": time.time(), "event": name, "attempt": self.attempt}
+    def event(self, what: str, step: int | None = None, duration_s: float | None = None, **evidence: Any) -> None:
+        row: dict[str, Any] = {"time": time.time(), "event": what, "attempt": self.attempt}
         row |= {"step": self.step if step is None else step}
         if duration_s is not None:
             row["duration_s"] = round(duration_s, 4)
         self.events_file.write(row | evidence)
+
+    def failed(self, outcome: str, cause: Evidence, done: int, story: Path) -> None:
+        """done: steps done by the hosts, told or not."""
+        now = time.time()
+        detect_s = max(0.0, now - (cause.time or self.last_row_time or now))
+        said = cause.notice or cause.overdue or f"{cause.exception or ''} {cause.crash or cause.message}".strip()
+        self.ledger.move("step", "detect", detect_s)
+        self.detected_at = time.monotonic()
+        said = " ".join(said.split())[:500]
+        rank, attempt = cause.rank, self.attempt
+        self.event(
+            "failure", done, outcome=outcome, rank=rank, evidence=said, detect_s=round(detect_s, 4), story=str(story)
+        )
+        self.incidents.append(Incident(now - detect_s, attempt, outcome, rank, done, said, detect_s=detect_s))
+        self.screen.say(f"{outcome}: rank {cause.rank} at step {done}: {said[:200]} ({story})")
+        if outcome == "error" and cause.traceback:
+            self.screen.say(cause.traceback.rstrip())
+        self.story = story
+
+    def decided(self, decision: Restart | GiveUp) -> None:
+        name = type(decision).__name__
+        self.event("decision", decision=name, reason=decision.reason)
+        self.incidents[-1] = replace(self.incidents[-1], decision=f"{name}: {decision.reason}")
+        if isinstance(decision, Restart):
+            self.ledger.restarts += 1
+            self.screen.say(f"restarting: {decision.reason}")
+            return
+        path = self.folder / "incident.txt"
+        command = resume_command(self.config, self.folder)
+        path.write_text(
+            page(self.folder.name, decision.reason, self.incidents, self.story.read_text(), self.folder, command)
+        )
+        self.screen.say(f"gave up: {decision.reason} ({path})")
+
+    def restarted(self, step: int, source: str) -> None:
+        """The hosts stand ready again after the newest incident."""
+        last = self.incidents[-1]
+        self.ready_at = time.monotonic()
+        lost, took_s = max(0, last.step - step), self.ready_at - self.detected_at
+        self.incidents[-1] = replace(last, source=source, steps_lost=lost, restart_s=took_s)
 
     def ready(self, facts: Restored, snapshot_of: int | None, duration_s: float) -> None:
         """The hosts stand ready: splits the time since they started into what they did.
@@ -67,8 +123,10 @@ class Report:
         self.event("compile", facts.step, facts.seconds.get("compile"), cached=facts.compile_cached)
         name = "initialise" if facts.fresh else "restore"
         evidence = {"seconds": facts.seconds, "platform": facts.platform, "fingerprint": facts.fingerprint}
-        if not facts.fresh:
-            evidence["source"] = "disk" if snapshot_of is None else "memory"
+        source = "start" if facts.fresh else "disk" if snapshot_of is None else "memory"
+        evidence["source"] = source
+        if self.incidents and self.incidents[-1].restart_s is None:
+            self.restarted(facts.step, source)
         self.event(name, facts.step, facts.seconds.get("restore"), **evidence)
         if self.config.cluster.kind != "local" and facts.platform != "tpu":
             self.screen.say(f"the hosts have no TPU: they compute on {facts.platform}")
@@ -91,7 +149,10 @@ class Report:
         self.write_goodput()
 
     def write_row(self, row: Row, attempt: int | None) -> None:
-        self.step, self.newest = row.step, max(self.newest, row.step)
+        last = self.incidents[-1] if self.incidents else None
+        if last and last.catch_up_s is None and last.restart_s is not None and row.step > last.step:
+            self.incidents[-1] = replace(last, catch_up_s=max(0.0, time.monotonic() - self.ready_at))
+        self.step, self.newest, self.last_row_time = row.step, max(self.newest, row.step), row.time
         full = self.full_row(row) | {"attempt": attempt}
         self.metrics_file.write(full)
         self.wandb.log(full)
@@ -137,7 +198,7 @@ class Report:
         self.event("save", step, duration_s)
 
     def write_goodput(self, now: bool = False) -> dict[str, Any]:
-        found = self.ledger.snapshot()
+        found = self.ledger.snapshot() | {"incidents": as_rows(self.incidents)}
         if now or time.monotonic() - self.goodput_written > GOODPUT_EVERY_S:
             rundir.write_json(self.folder / "goodput.json", found)
             self.goodput_written = time.monotonic()
@@ -149,6 +210,6 @@ class Report:
         self.screen.close()
         self.write_goodput(now=True)
         self.wandb.finish()
-        found = self.ledger.snapshot()
+        found = self.ledger.snapshot() | {"incidents": as_rows(self.incidents)}
         rundir.write_json(self.folder / "goodput.json", found)
         return found

@@ -19,7 +19,7 @@ from orchestrator.group import Group, HostsFailedError
 from orchestrator.interrupt import Interrupt, StoppedError
 from orchestrator.policy import Failure, GiveUp, decide
 from orchestrator.progress import summary
-from orchestrator.report import Report
+from orchestrator.report import Report, resume_command
 from orchestrator.sites import Site
 
 WINDOWS_IN_FLIGHT = 2
@@ -52,9 +52,7 @@ def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, comma
         code = Exit.GAVE_UP
     interrupt.closing = True
     goodput = report.close()
-    root = "" if config.run.root == "runs" else f" run.root={config.run.root}"
-    more = f" train.steps={2 * config.train.steps}" if code is Exit.FINISHED else ""
-    command = f"python -m launch.resume run={folder.name}{root}{more}"
+    command = resume_command(config, folder, f" train.steps={2 * config.train.steps}" if code is Exit.FINISHED else "")
     print(summary(folder, HOW[code], rundir.metrics(folder), goodput, report.first_step_s, command), flush=True)
     lock.close()
     return code
@@ -88,14 +86,12 @@ def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) ->
                 return Exit.STOPPED
             except HostsFailedError as failed:
                 report.phase("down", "a host failed")
-                history.append(recover.understand(folder, failed.evidence, report))
+                assert group is not None
+                history.append(recover.understand(folder, failed, group, site, report))
                 decision = decide(history, config.retry.budget)
-                report.event("decision", decision=type(decision).__name__, reason=decision.reason)
+                report.decided(decision)
                 if isinstance(decision, GiveUp):
-                    report.screen.say(f"gave up: {decision.reason}; the full story is in {folder / 'logs'}")
                     return Exit.GAVE_UP
-                report.ledger.restarts += 1
-                report.screen.say(f"restarting: {decision.reason}")
             except TimeoutError as late:
                 report.event("give_up", reason=str(late))
                 report.screen.say(f"gave up: {late}")

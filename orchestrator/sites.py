@@ -27,6 +27,9 @@ class Site:
     keepers: dict[str, Any] = field(default_factory=dict)
     spares: dict[str, Any] = field(default_factory=dict)  # processes with everything imported
     predecessors: dict[str, int] = field(default_factory=dict)  # the pid that was last at work on a node
+    notices: dict[str, str] = field(default_factory=dict)  # of nodes about to be taken away
+    ooms: dict[str, int] = field(default_factory=dict)  # processes killed for memory on a node so far
+    keys: list[str] = field(default_factory=list)  # of each rank's share
     placement: Placement | None = None
     needed: bool = True  # the memory: not once all is on disk
 

@@ -35,6 +35,7 @@ class Raised:
     exception: str
     message: str
     traceback: str
+    time: float  # time.time()
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def told(function: Any, *args: Any) -> Any:
     except Exception as error:
         text = traceback.format_exc()
         print(text, file=sys.stderr, flush=True)
-        return Raised(type(error).__name__, str(error), text)
+        return Raised(type(error).__name__, str(error), text, time.time())
 
 
 def redirect(log: str) -> None:
