@@ -46,11 +46,21 @@ class Cluster:
     slice: str
     topology: str | None  # AxBxC; None is the slice's usual one
     num_slices: int
+    min_slices: int | None  # with so many the run goes on while others are lost; None is all
     address: str | None  # of a Ray cluster that exists already
+    repair_s: float | None  # cluster=local: a lost host is replaced after so long; None is never
 
     def __post_init__(self) -> None:
         slice_type(self.slice, self.topology)
         require_at_least("cluster", {"num_slices": self.num_slices}, 1)
+        require(
+            self.min_slices is None or 1 <= self.min_slices <= self.num_slices,
+            f"cluster.min_slices={self.min_slices}: must be from 1 to cluster.num_slices={self.num_slices}, or null",
+        )
+        require(
+            self.repair_s is None or self.repair_s >= 0,
+            f"cluster.repair_s={self.repair_s}: must be at least 0, or null",
+        )
         if self.kind == "ray":
             require(self.address is not None, "cluster.address: missing; cluster=ray needs cluster.address=HOST:PORT")
 
@@ -78,9 +88,12 @@ class Timeout:
     start_s: float  # host processes are up and have found each other
     compile_s: float  # data and programs are ready
     restore_s: float
-    step_s: float  # a step in flight
+    step_s: float  # the first steps of an attempt; after that a hang is what takes far longer than the steps before
+    hang_s: float  # but no stall shorter than this is one
     save_s: float
     stop_s: float  # processes are gone
+    shrink_s: float  # a lost slice is replaced, before the run goes on with fewer
+    replace_s: float  # a lost slice is replaced, where the run cannot
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -237,3 +250,16 @@ def unknown_key(key: str) -> str:
 
 def with_id(config: Config, run_id: str, root: str) -> Config:
     return replace(config, run=replace(config.run, id=run_id, root=root))
+
+
+def with_slices(config: Config, count: int) -> Config:
+    """The same run on fewer slices, each global batch over fewer replicas. Raises ConfigError where they do not fit."""
+    replica, wanted = config.mesh.replica, config.cluster.num_slices
+    if replica != -1:
+        require(replica * count % wanted == 0, f"mesh.replica={replica}: does not divide over {count} slices")
+        replica = replica * count // wanted
+    fewer = replace(
+        config, cluster=replace(config.cluster, num_slices=count), mesh=replace(config.mesh, replica=replica)
+    )
+    check(fewer.program)
+    return fewer

@@ -15,9 +15,7 @@ from orchestrator.config import Config
 from orchestrator.group import Call, Group
 from orchestrator.memory import Attaching
 from orchestrator.report import Report
-from orchestrator.window import due, snapshot_every, window_end
-
-SLOWDOWN = 5  # a window this many times slower than the last is not taken for a hang
+from orchestrator.window import deadline_s, due, snapshot_every, window_end
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ class Flight:
     uncommitted: set[int] = field(default_factory=set)  # saved, not yet seen whole on disk
     notice: str | None = None  # a host is about to be taken away
     step_s: float | None = None  # a step's usual seconds
+    longest_s: float | None = None
     pack_s: float = 0.0  # that the devices take for a snapshot
     wait_s: float = 0.0  # that hosts wait for one to be written
     snapshots: bool = False  # the hosts are attached to memory that outlives their processes
@@ -61,7 +60,8 @@ def send_window(flight: Flight) -> None:
     config, first = flight.config, flight.step
     stops = (config.checkpoint.every, config.eval.every)
     flight.step = window_end(first, config.train.steps, flight.step_s, stops)
-    wait_s = config.timeout.step_s + SLOWDOWN * (flight.step_s or 0.0) * (flight.step - first)
+    timeout = config.timeout
+    wait_s = deadline_s(timeout.step_s, timeout.hang_s, flight.longest_s, flight.step - first)
     send(flight, "run", wait_s, first, flight.step, flight.report.newest, every(flight))
     send_due(flight)
 
@@ -131,6 +131,7 @@ def take_window(flight: Flight, ran: Ran) -> None:
     flight.report.rows(ran.rows)
     times = sorted(row.step_s for row in ran.rows)
     flight.step_s = times[len(times) // 2]
+    flight.longest_s = max(times[-1], flight.longest_s or 0.0)
     if ran.snapshots:
         flight.wait_s = ran.wait_s / ran.snapshots
 

@@ -26,6 +26,7 @@ class Evidence:
 
 class Outcome(Enum):
     PREEMPTED = "preempted"  # somebody said that the machine would go
+    REGROWN = "slice back"  # no failure: the run takes up a slice that it had lost
     SLICE_LOST = "slice lost"  # every host of a slice is gone
     NODE_DIED = "node died"
     OUT_OF_MEMORY = "out of memory"  # of the host

@@ -1,16 +1,15 @@
 """Finds whole slices among a Ray cluster's nodes by their labels, and reserves them."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node
+from ray._private.state import available_resources_per_node, state
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from orchestrator.config import Config
-from orchestrator.interrupt import StoppedError
 from orchestrator.topology import CHIPS_PER_HOST, NAME_LABEL, RANK_LABEL, TYPE_LABEL
 
 POLL_S = 0.05
@@ -34,13 +33,23 @@ class Placement:
     spots: tuple[Spot, ...]
     group: PlacementGroup
 
+    @property
+    def slices(self) -> int:
+        return len({spot.slice_name for spot in self.spots})
 
-def whole_slices(nodes: Sequence[Mapping[str, Any]], slice_type: str, hosts: int) -> list[list[Spot]]:
-    """The slices of a type whose every host is alive, by name; their hosts by worker id. Pure."""
+
+def whole_slices(
+    nodes: Sequence[Mapping[str, Any]], slice_type: str, hosts: int, avoid: Collection[str] = ()
+) -> list[list[Spot]]:
+    """The slices of a type whose every host is alive, by name; their hosts by worker id. Pure.
+
+    avoid: nodes that are about to be taken away.
+    """
     found: dict[str, dict[int, Spot]] = {}
     for node in nodes:
         labels = node.get("Labels", {})
-        if node["Alive"] and labels.get(TYPE_LABEL) == slice_type and NAME_LABEL in labels and RANK_LABEL in labels:
+        usable = node["Alive"] and node["NodeID"] not in avoid
+        if usable and labels.get(TYPE_LABEL) == slice_type and NAME_LABEL in labels and RANK_LABEL in labels:
             spot = Spot(labels[NAME_LABEL], int(labels[RANK_LABEL]), node["NodeID"], node["NodeManagerAddress"])
             found.setdefault(spot.slice_name, {})[spot.worker_id] = spot
     whole = [found[name] for name in sorted(found) if sorted(found[name]) == list(range(hosts))]
@@ -56,35 +65,58 @@ def free_slices(slices: Sequence[list[Spot]], available: Mapping[str, Mapping[st
     ]
 
 
-def reserve(config: Config, stop: Callable[[], bool]) -> Placement:
-    """Waits for enough whole, free slices and takes them. Raises StoppedError, or TimeoutError saying what lacked."""
-    wanted, hosts = config.cluster.num_slices, config.slice.hosts
-    deadline = time.monotonic() + config.timeout.reserve_s
+def look(config: Config, avoid: Collection[str]) -> tuple[int, list[list[Spot]]]:
+    """How many whole slices there are, and those of them that are free now."""
+    leaving = {*avoid, *draining()}
+    whole = whole_slices(ray.nodes(), config.cluster.slice, config.slice.hosts, leaving)
+    return len(whole), free_slices(whole, available_resources_per_node())
+
+
+def reserve(
+    config: Config, enough: Callable[[float], Collection[int]], avoid: Collection[str], wait: Callable[[], None]
+) -> Placement:
+    """Waits for whole, free slices and takes them. Raises TimeoutError saying what lacked.
+
+    enough: the numbers of slices that will do after so many seconds, none once it is too late. wait: called again and
+    again meanwhile; it may raise.
+    """
+    started = time.monotonic()
     while True:
-        whole = whole_slices(ray.nodes(), config.cluster.slice, hosts)
-        free = free_slices(whole, available_resources_per_node())
-        if len(free) >= wanted:
-            spots = tuple(spot for chosen in free[:wanted] for spot in chosen)
-            bundle = {"TPU": float(CHIPS_PER_HOST), "CPU": 1.0}
-            selectors = [{NAME_LABEL: spot.slice_name, RANK_LABEL: str(spot.worker_id)} for spot in spots]
-            group = placement_group([bundle] * len(spots), "STRICT_SPREAD", bundle_label_selector=selectors)
-            if group.wait(timeout_seconds=PLACE_S):
-                return Placement(spots, group)
-            remove_placement_group(group)
-        if stop():
-            raise StoppedError("slices")
-        if time.monotonic() > deadline:
+        whole, free = look(config, avoid)
+        waited_s = time.monotonic() - started
+        fitting = [count for count in enough(waited_s) if count <= len(free)]
+        if fitting and (group := placed(free[: max(fitting)])):
+            return Placement(tuple(spot for chosen in free[: max(fitting)] for spot in chosen), group)
+        wait()
+        if not enough(waited_s):
             raise TimeoutError(
-                f"no {config.cluster.slice} within timeout.reserve_s={config.timeout.reserve_s:.0f}:"
-                f" {wanted} wanted, {len(whole)} whole ones of {hosts} hosts are there, {len(free)} of them free"
+                f"no {config.cluster.slice} within {waited_s:.0f} s: {config.cluster.num_slices} wanted,"
+                f" {whole} whole ones of {config.slice.hosts} hosts are there, {len(free)} of them free"
             )
         time.sleep(POLL_S)
 
 
-def stands(placement: Placement) -> bool:
-    """Whether every host of a placement is alive still."""
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    return all(spot.node_id in alive for spot in placement.spots)
+def placed(slices: Sequence[list[Spot]]) -> PlacementGroup | None:
+    """Takes every host of these slices; None where Ray does not give them at once."""
+    spots = [spot for chosen in slices for spot in chosen]
+    bundle = {"TPU": float(CHIPS_PER_HOST), "CPU": 1.0}
+    selectors = [{NAME_LABEL: spot.slice_name, RANK_LABEL: str(spot.worker_id)} for spot in spots]
+    group = placement_group([bundle] * len(spots), "STRICT_SPREAD", bundle_label_selector=selectors)
+    if group.wait(timeout_seconds=PLACE_S):
+        return group
+    remove_placement_group(group)
+    return None
+
+
+def draining() -> set[str]:
+    """Nodes of which Ray was told that they will be taken away."""
+    return set(state.get_draining_nodes())
+
+
+def stands(placement: Placement, avoid: Collection[str]) -> bool:
+    """Whether every host of a placement is alive still, and will be."""
+    usable = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - {*avoid, *draining()}
+    return all(spot.node_id in usable for spot in placement.spots)
 
 
 def release(placement: Placement) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from orchestrator.outcome import Outcome
 
-FREE = frozenset({Outcome.PREEMPTED})  # nobody's fault, and foreseen
+FREE = frozenset({Outcome.PREEMPTED, Outcome.REGROWN})  # nobody's fault, and foreseen
 RETRIED = FREE | {
     *(Outcome.SLICE_LOST, Outcome.NODE_DIED, Outcome.OUT_OF_MEMORY, Outcome.HOST_CRASHED, Outcome.HOST_DIED),
     *(Outcome.HANG, Outcome.PEER_LOST, Outcome.SNAPSHOT, Outcome.CHECKPOINT),

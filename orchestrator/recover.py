@@ -10,7 +10,7 @@ from gemma.config import ConfigError
 from gemma.reports import Opened, Restored
 from gemma.wire import Source
 from orchestrator import group as hosts
-from orchestrator import memory, rundir, witness
+from orchestrator import memory, placement, rundir, sites, witness
 from orchestrator.config import Config
 from orchestrator.group import Group, HostsFailedError
 from orchestrator.interrupt import Interrupt
@@ -126,6 +126,20 @@ def understand(folder: Path, failed: HostsFailedError, group: Group, site: Site,
     frames = [line.strip() for line in cause.traceback.splitlines() if line.lstrip().startswith("File ")]
     signature = " | ".join([outcome.value, cause.exception or "", cause.crash[:80], *frames[-1:]])
     return Failure(outcome, signature, done, max(restorable, default=None), others)
+
+
+def moved(reason: str, group: Group, site: Site, report: Report) -> Failure:
+    """The run was told to move on, and has saved. Its next hosts are others where these will be taken away."""
+    going = placement.draining()
+    for spot in group.placement.spots:
+        if spot.node_id in going:
+            site.notices[spot.node_id] = reason
+    if site.placement is not None and reason == sites.BACK:
+        placement.release(site.placement)
+        site.placement = None
+    outcome = Outcome.REGROWN if reason == sites.BACK else Outcome.PREEMPTED
+    report.failed(outcome.value, Evidence(0, notice=reason, time=time.time()), report.newest, None)
+    return Failure(outcome, outcome.value, report.newest, report.newest)
 
 
 def tell(evidence: list[Evidence], kernel: dict[int, str]) -> str:

@@ -26,6 +26,18 @@ def resume_command(config: Config, folder: Path, more: str = "") -> str:
     return f"python -m launch.resume run={folder.name}{root}{more}"
 
 
+def seen(cause: Evidence) -> str:
+    """What was seen of a failure, in a line."""
+    if cause.notice:
+        return cause.notice
+    if cause.died:
+        how = cause.crash or ("killed for memory" if cause.out_of_memory else "killed from outside: no crash report")
+        return f"its process is gone, {how}" if cause.node_alive else "its node is gone"
+    if cause.overdue:
+        return f"not done in time: {cause.overdue}{', its process is stopped' if cause.stopped else ''}"
+    return f"{cause.exception}: {cause.message}"
+
+
 class Report:
     """Open for the life of a controller."""
 
@@ -48,7 +60,7 @@ class Report:
         self.facts: Restored | None = None
         self.goodput_written = 0.0
         self.last_row_time = 0.0  # time.time() at which the newest step was done
-        self.story = folder
+        self.story = ""  # of the newest failure, in full
         self.first_step_s: float | None = None  # from the command to the first step's loss
         self.restoring: int | None = None  # the checkpoint that is being read
         self.incidents: list[Incident] = [Incident(**row) for row in self.ledger.incidents]
@@ -72,23 +84,30 @@ class Report:
             row["duration_s"] = round(duration_s, 4)
         self.events_file.write(row | evidence)
 
-    def failed(self, outcome: str, cause: Evidence, done: int, story: Path) -> None:
+    def failed(self, outcome: str, cause: Evidence, done: int, story: Path | None) -> None:
         """done: steps done by the hosts, told or not."""
         now = time.time()
         detect_s = max(0.0, now - (cause.time or self.last_row_time or now))
-        said = cause.notice or cause.overdue or f"{cause.exception or ''} {cause.crash or cause.message}".strip()
+        said = seen(cause)
         self.ledger.move("step", "detect", detect_s)
         self.detected_at = time.monotonic()
         said = " ".join(said.split())[:500]
         rank, attempt = cause.rank, self.attempt
         self.event(
-            "failure", done, outcome=outcome, rank=rank, evidence=said, detect_s=round(detect_s, 4), story=str(story)
+            "failure",
+            done,
+            outcome=outcome,
+            rank=rank,
+            evidence=said,
+            detect_s=round(detect_s, 4),
+            story=str(story or ""),
         )
         self.incidents.append(Incident(now - detect_s, attempt, outcome, rank, done, said, detect_s=detect_s))
-        self.screen.say(f"{outcome}: rank {cause.rank} at step {done}: {said[:200]} ({story})")
+        where = f" ({story})" if story else ""
+        self.screen.say(f"{outcome}: rank {cause.rank} at step {done}: {said[:200]}{where}")
         if outcome == "error" and cause.traceback:
             self.screen.say(cause.traceback.rstrip())
-        self.story = story
+        self.story = story.read_text() if story else ""
 
     def decided(self, decision: Restart | GiveUp) -> None:
         name = type(decision).__name__
@@ -100,9 +119,7 @@ class Report:
             return
         path = self.folder / "incident.txt"
         command = resume_command(self.config, self.folder)
-        path.write_text(
-            page(self.folder.name, decision.reason, self.incidents, self.story.read_text(), self.folder, command)
-        )
+        path.write_text(page(self.folder.name, decision.reason, self.incidents, self.story, self.folder, command))
         self.screen.say(f"gave up: {decision.reason} ({path})")
 
     def restarted(self, step: int, source: str) -> None:

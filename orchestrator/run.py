@@ -9,6 +9,7 @@ from typing import IO
 
 from gemma.config import ConfigError
 from gemma.reports import Opened
+from orchestrator import config as configs
 from orchestrator import flight as flights
 from orchestrator import group as hosts
 from orchestrator import recover, rundir, sites, slices
@@ -23,6 +24,8 @@ from orchestrator.report import Report, resume_command
 from orchestrator.sites import Site
 
 WINDOWS_IN_FLIGHT = 2
+LOOK_EVERY_S = 1.0  # at whether the hosts will stay
+FINISHED, STOPPED = "finish", "stop"  # why training ended, as the event says it
 
 
 def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, commanded: float) -> Exit:
@@ -62,25 +65,29 @@ def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) ->
     """Trains until the last step. Raises ConfigError for the user's mistakes that only a host can see."""
     history: list[Failure] = []
     report.phase("reserve", "starting the cluster")
-    with slices.connect(config), sites.opened(config, folder) as site:
+    with slices.connect(config) as repair, sites.opened(config, folder, repair) as site:
         while True:
             report.begin_attempt()
             group = None
             try:
                 report.phase("reserve", "reserving slices")
-                placement = sites.occupy(site, config, interrupt.asked)
-                report.event("reserve", hosts=[spot.ip for spot in placement.spots])
+                placement = sites.occupy(site, interrupt.asked, report.screen.say)
+                report.event("reserve", hosts=[spot.ip for spot in placement.spots], slices=placement.slices)
+                now = configs.with_slices(config, placement.slices)
                 report.phase("start", "starting hosts")
                 started = time.monotonic()
                 spares = sites.take_spares(site)
-                group = hosts.spawn(config, placement, folder, report.attempt, site.predecessors, spares)
-                group = hosts.join(group, config, interrupt.asked)
+                group = hosts.spawn(now, placement, folder, report.attempt, site.predecessors, spares)
+                group = hosts.join(group, now, interrupt.asked)
                 report.event("start", duration_s=time.monotonic() - started, pids=list(group.pids))
-                opened = recover.start(config, folder, group, site, report, interrupt, started)
-                done = train(config, group, opened, site, report, interrupt)
-                report.event("finish" if done else "stop")
-                site.needed = False
-                return Exit.FINISHED if done else Exit.STOPPED
+                opened = recover.start(now, folder, group, site, report, interrupt, started)
+                left = train(now, group, opened, site, report, interrupt)
+                if left in (FINISHED, STOPPED):
+                    report.event(left)
+                    site.needed = False
+                    return Exit.FINISHED if left == FINISHED else Exit.STOPPED
+                history.append(recover.moved(left, group, site, report))
+                report.decided(decide(history, config.retry.budget))
             except StoppedError as stopped:
                 report.event("stop", waiting_for=str(stopped))
                 return Exit.STOPPED
@@ -103,9 +110,12 @@ def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) ->
                 report.write_goodput(now=True)
 
 
-def train(config: Config, group: Group, opened: list[Opened], site: Site, report: Report, interrupt: Interrupt) -> bool:
-    """Keeps two windows in flight until the last step; True when done, False when stopped and saved."""
+def train(config: Config, group: Group, opened: list[Opened], site: Site, report: Report, interrupt: Interrupt) -> str:
+    """Keeps two windows in flight until the last step. Returns FINISHED, STOPPED or why the run must move on; all is
+    saved then.
+    """
     assert report.facts is not None
+    left, looked_at = None, time.monotonic()
     flight = Flight(config, group, report, report.facts.step, max(rundir.committed(report.folder), default=0))
     snapshots = config.checkpoint.snapshot != "off"
     attaching = sites.equip(site, config, group, opened) if snapshots and site.keepers else None
@@ -114,7 +124,10 @@ def train(config: Config, group: Group, opened: list[Opened], site: Site, report
         if attaching and attaching.ready():
             flights.send_keep(flight, attaching, opened)
             attaching = None
-        if flights.windows(flight) < WINDOWS_IN_FLIGHT and flight.step < config.train.steps and not interrupt.asked():
+        if time.monotonic() - looked_at > LOOK_EVERY_S:
+            left, looked_at = sites.reason_to_leave(site), time.monotonic()
+        left = STOPPED if interrupt.asked() else flight.notice or left
+        if flights.windows(flight) < WINDOWS_IN_FLIGHT and flight.step < config.train.steps and not left:
             flights.send_window(flight)
             continue
         if not flight.sent:
@@ -131,4 +144,4 @@ def train(config: Config, group: Group, opened: list[Opened], site: Site, report
         flights.take(flight)
     hosts.collect(hosts.call(group, config.timeout.save_s, "wait"))
     flights.announce(flight)
-    return flight.step == config.train.steps
+    return FINISHED if flight.step == config.train.steps else left or STOPPED

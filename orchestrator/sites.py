@@ -1,21 +1,27 @@
 """What a run has on its hosts beyond one attempt: their places, the memory of snapshots, processes in reserve."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from gemma.config import ConfigError
 from gemma.reports import Opened
 from orchestrator import group as hosts
 from orchestrator import memory, placement, rundir
-from orchestrator.config import Config
+from orchestrator.config import Config, with_slices
 from orchestrator.group import Group
+from orchestrator.interrupt import StoppedError
 from orchestrator.memory import Attaching
 from orchestrator.placement import Placement
 
+BACK = "a lost slice is back"
+SAY_EVERY_S = 60.0
 PATIENCE_S = 1.0  # for memory that is there already: without it the first steps would have no snapshot
 
 
@@ -23,6 +29,7 @@ PATIENCE_S = 1.0  # for memory that is there already: without it the first steps
 class Site:
     """Kept by the controller; actor handles are by node id."""
 
+    config: Config  # of the whole run: with the slices that are wanted
     space: str  # the keepers' namespace
     keepers: dict[str, Any] = field(default_factory=dict)
     spares: dict[str, Any] = field(default_factory=dict)  # processes with everything imported
@@ -30,20 +37,76 @@ class Site:
     notices: dict[str, str] = field(default_factory=dict)  # of nodes about to be taken away
     ooms: dict[str, int] = field(default_factory=dict)  # processes killed for memory on a node so far
     keys: list[str] = field(default_factory=list)  # of each rank's share
+    repair: Callable[[], None] = lambda: None  # replaces lost hosts, where that is ours to do
     placement: Placement | None = None
+    occupied: bool = False  # the run has had its slices
     needed: bool = True  # the memory: not once all is on disk
 
 
-def occupy(site: Site, config: Config, stop: Callable[[], bool]) -> Placement:
-    """The hosts of the last attempt if all of them live, else others. Raises StoppedError, TimeoutError."""
-    if site.placement is not None and not placement.stands(site.placement):
+def occupy(site: Site, stop: Callable[[], bool], tell: Callable[[str], None]) -> Placement:
+    """The hosts of the last attempt if all of them stay, else others: as many slices as wanted or, when a lost one is
+    not replaced in time, fewer. Raises StoppedError, TimeoutError.
+    """
+    if site.placement is not None and not placement.stands(site.placement, site.notices):
         placement.release(site.placement)
         site.placement = None
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         site.keepers = {node: keeper for node, keeper in site.keepers.items() if node in alive}
     if site.placement is None:
-        site.placement = placement.reserve(config, stop)
+        config = site.config
+        said = time.monotonic()
+
+        def wait() -> None:
+            nonlocal said
+            if stop():
+                raise StoppedError("slices")
+            site.repair()
+            if time.monotonic() - said > SAY_EVERY_S:
+                said = time.monotonic()
+                tell(f"waiting for {config.cluster.num_slices} x {config.cluster.slice}")
+
+        enough = partial(counts, config, site.occupied)
+        site.placement = placement.reserve(config, enough, site.notices, wait)
+        site.occupied = True
     return site.placement
+
+
+def counts(config: Config, again: bool, waited_s: float) -> list[int]:
+    """How many slices will do after waiting for so long; none once it is too late. Pure.
+
+    again: the run has had its slices before.
+    """
+    wanted, timeout = config.cluster.num_slices, config.timeout
+    if not again:
+        return [wanted] if waited_s <= timeout.reserve_s else []
+    if waited_s > timeout.replace_s:
+        return []
+    least = config.cluster.min_slices or wanted
+    return [wanted] if waited_s < timeout.shrink_s else [n for n in range(least, wanted + 1) if can_shrink(config, n)]
+
+
+def can_shrink(config: Config, count: int) -> bool:
+    try:
+        with_slices(config, count)
+    except ConfigError:
+        return False
+    return True
+
+
+def reason_to_leave(site: Site) -> str | None:
+    """Why the run should move on at the next step boundary: a host is drained, or a lost slice is back."""
+    assert site.placement is not None
+    wanted = site.config.cluster.num_slices
+    going = placement.draining()
+    for spot in site.placement.spots:
+        if spot.node_id in going:
+            return f"host {spot.ip} is being drained"
+    if site.placement.slices < wanted:
+        site.repair()
+        _, free = placement.look(site.config, site.notices)
+        if len(free) + site.placement.slices >= wanted:
+            return BACK
+    return None
 
 
 def take_spares(site: Site) -> dict[str, Any]:
@@ -73,11 +136,11 @@ def equip(site: Site, config: Config, group: Group, opened: Sequence[Opened]) ->
 
 
 @contextmanager
-def opened(config: Config, folder: Path) -> Iterator[Site]:
+def opened(config: Config, folder: Path, repair: Callable[[], None]) -> Iterator[Site]:
     """With what an earlier controller of this run left. At the end all is given back, but for snapshots that a
     controller which resumes the run will want.
     """
-    site = Site(memory.namespace(folder.name, rundir.read_manifest(folder).created))
+    site = Site(config, memory.namespace(folder.name, rundir.read_manifest(folder).created), repair=repair)
     if config.checkpoint.snapshot != "off":
         site.keepers = memory.find(site.space)
     try:

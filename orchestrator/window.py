@@ -4,6 +4,8 @@ import math
 
 WINDOW_S = 1.0  # two windows are in flight: long enough to hide the controller, short enough to stop soon
 MOST_STEPS = 200
+STALL = 10  # of the longest step: that something may stand still without being a hang
+SLOWDOWN = 3  # a window so many times slower than its longest steps is not a hang
 OVERLAPPED = 0.8  # of a step is still to be done when the step before it is seen done
 
 
@@ -16,6 +18,16 @@ def window_end(first: int, end: int, step_s: float | None, stops: tuple[int, ...
     length = 1 if step_s is None else max(1, min(MOST_STEPS, round(WINDOW_S / step_s)))
     ends = [first + length, end] + [(first // every + 1) * every for every in stops if every]
     return min(ends)
+
+
+def deadline_s(unknown_s: float, least_s: float, longest_s: float | None, steps: int) -> float:
+    """How long a window may take before it is a hang, learnt from the run.
+
+    longest_s: of a step so far; None where none was seen, and unknown_s holds. least_s: a host may stall for so long.
+    """
+    if longest_s is None:
+        return unknown_s
+    return max(least_s, STALL * longest_s) + SLOWDOWN * longest_s * steps
 
 
 def due(step: int, end: int, every: int) -> bool:

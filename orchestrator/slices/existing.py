@@ -1,7 +1,7 @@
 """cluster=ray: TPU nodes of a Ray cluster that exists already."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ CODE = ("gemma", "orchestrator")  # the hosts run the code that was launched, no
 
 
 @contextmanager
-def connect(config: Config) -> Iterator[None]:
+def connect(config: Config) -> Iterator[Callable[[], None]]:
     """Leaves the cluster as it was: only this run's actors and placement groups end."""
     top = Path(__file__).parents[2]
     modules = [str(top / name) for name in CODE]
@@ -31,6 +31,6 @@ def connect(config: Config) -> Iterator[None]:
         why = str(error).strip().splitlines()[0]
         raise ConfigError(f"cluster.address={config.cluster.address}: no Ray cluster answers there ({why})") from error
     try:
-        yield
+        yield lambda: None  # its owner's, or its autoscaler's
     finally:
         ray.shutdown()

@@ -3,8 +3,9 @@
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -47,13 +48,14 @@ def hosts(config: Config) -> list[simulated.Host]:
 
 
 @contextmanager
-def connect(config: Config) -> Iterator[None]:
+def connect(config: Config) -> Iterator[Callable[[], None]]:
     """Starts the nodes and ends them, with everything that runs on them."""
-    cluster = simulated.start(hosts(config), Path(tempfile.mkdtemp(prefix="gemma-", dir="/tmp")))
+    made = hosts(config)
+    cluster = simulated.start(made, Path(tempfile.mkdtemp(prefix="gemma-", dir="/tmp")))
     try:
         with handlers_kept():
             ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-        yield
+        yield partial(simulated.repair, cluster, made, config.cluster.repair_s)
     finally:
         ray.shutdown()
         simulated.stop(cluster)

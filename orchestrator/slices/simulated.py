@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.slices import reaper as reaper_script
-from orchestrator.slices.reaper import STOP_TIMEOUT_S
+from orchestrator.slices.reaper import STOP_TIMEOUT_S, kill_groups
 
 HEAD = -1
 OBJECT_STORE_BYTES = 80 << 20
@@ -68,6 +68,20 @@ class Cluster:
     reaper: subprocess.Popen[bytes]
     gcs: Node
     nodes: dict[int, Node]
+    dead_since: dict[int, float] = field(default_factory=dict)  # time.monotonic(), of hosts not yet replaced
+
+
+def repair(cluster: Cluster, hosts: Sequence[Host], after_s: float | None) -> None:
+    """Replaces hosts that are dead for so long by new nodes of the same kind; None is never. Returns at once."""
+    for index, host in enumerate(hosts):
+        node = cluster.nodes[index]
+        if node.process.poll() is None:
+            continue
+        since = cluster.dead_since.setdefault(index, time.monotonic())
+        if after_s is not None and time.monotonic() - since >= after_s:
+            kill_groups({node.process.pid})  # what ran on the host ends with it
+            cluster.nodes[index] = _start_raylet(cluster, index, host)
+            del cluster.dead_since[index]
 
 
 def start(hosts: Sequence[Host], temp_dir: Path) -> Cluster:
