@@ -14,6 +14,7 @@ from orchestrator import memory, rundir
 from orchestrator.config import Config
 from orchestrator.group import Call, Group
 from orchestrator.memory import Attaching
+from orchestrator.outcome import Evidence
 from orchestrator.report import Report
 from orchestrator.window import deadline_s, due, snapshot_every, window_end
 
@@ -39,7 +40,7 @@ class Flight:
     saved_at: float = field(default_factory=time.monotonic)
     sent: deque[Sent] = field(default_factory=deque)
     uncommitted: set[int] = field(default_factory=set)  # saved, not yet seen whole on disk
-    notice: str | None = None  # a host is about to be taken away
+    notice: Evidence | None = None  # a host is about to be taken away
     step_s: float | None = None  # a step's usual seconds
     longest_s: float | None = None
     pack_s: float = 0.0  # that the devices take for a snapshot
@@ -112,7 +113,8 @@ def take(flight: Flight) -> None:
     """Waits for the oldest verb in flight and writes down what came. Raises HostsFailedError."""
     sent, report = flight.sent.popleft(), flight.report
     answers = hosts.collect(sent.call)
-    flight.notice = next((answer.notice for answer in answers if answer.notice), flight.notice)
+    told = [Evidence(rank, notice=a.notice, time=time.time()) for rank, a in enumerate(answers) if a.notice]
+    flight.notice = flight.notice or next(iter(told), None)
     result = answers[0].value
     if sent.verb == "run":
         take_window(flight, result)

@@ -128,17 +128,13 @@ def understand(folder: Path, failed: HostsFailedError, group: Group, site: Site,
     return Failure(outcome, signature, done, max(restorable, default=None), others)
 
 
-def moved(reason: str, group: Group, site: Site, report: Report) -> Failure:
-    """The run was told to move on, and has saved. Its next hosts are others where these will be taken away."""
-    going = placement.draining()
-    for spot in group.placement.spots:
-        if spot.node_id in going:
-            site.notices[spot.node_id] = reason
-    if site.placement is not None and reason == sites.BACK:
+def moved(cause: Evidence, site: Site, report: Report) -> Failure:
+    """The run was told to move on, and has saved."""
+    if site.placement is not None and cause.notice == sites.BACK:
         placement.release(site.placement)
         site.placement = None
-    outcome = Outcome.REGROWN if reason == sites.BACK else Outcome.PREEMPTED
-    report.failed(outcome.value, Evidence(0, notice=reason, time=time.time()), report.newest, None)
+    outcome = Outcome.REGROWN if cause.notice == sites.BACK else Outcome.PREEMPTED
+    report.failed(outcome.value, cause, report.newest, None)
     return Failure(outcome, outcome.value, report.newest, report.newest)
 
 

@@ -18,6 +18,7 @@ from orchestrator.exit import HOW, Exit
 from orchestrator.flight import Flight
 from orchestrator.group import Group, HostsFailedError
 from orchestrator.interrupt import Interrupt, StoppedError
+from orchestrator.outcome import Evidence
 from orchestrator.policy import Failure, GiveUp, decide
 from orchestrator.progress import summary
 from orchestrator.report import Report, resume_command
@@ -25,7 +26,6 @@ from orchestrator.sites import Site
 
 WINDOWS_IN_FLIGHT = 2
 LOOK_EVERY_S = 1.0  # at whether the hosts will stay
-FINISHED, STOPPED = "finish", "stop"  # why training ended, as the event says it
 
 
 def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, commanded: float) -> Exit:
@@ -82,11 +82,11 @@ def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) ->
                 report.event("start", duration_s=time.monotonic() - started, pids=list(group.pids))
                 opened = recover.start(now, folder, group, site, report, interrupt, started)
                 left = train(now, group, opened, site, report, interrupt)
-                if left in (FINISHED, STOPPED):
-                    report.event(left)
+                if isinstance(left, Exit):
+                    report.event("finish" if left is Exit.FINISHED else "stop")
                     site.needed = False
-                    return Exit.FINISHED if left == FINISHED else Exit.STOPPED
-                history.append(recover.moved(left, group, site, report))
+                    return left
+                history.append(recover.moved(left, site, report))
                 report.decided(decide(history, config.retry.budget))
             except StoppedError as stopped:
                 report.event("stop", waiting_for=str(stopped))
@@ -105,8 +105,7 @@ def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) ->
                 return Exit.GAVE_UP
             finally:
                 if group:
-                    site.predecessors |= group.by_node
-                    hosts.stop(group.workers)
+                    sites.kill(site, group)
                 report.write_goodput(now=True)
 
 
@@ -115,7 +114,8 @@ def train(config: Config, group: Group, opened: list[Opened], site: Site, report
     saved then.
     """
     assert report.facts is not None
-    left, looked_at = None, time.monotonic()
+    left: Exit | Evidence | None = None
+    looked_at = time.monotonic()
     flight = Flight(config, group, report, report.facts.step, max(rundir.committed(report.folder), default=0))
     snapshots = config.checkpoint.snapshot != "off"
     attaching = sites.equip(site, config, group, opened) if snapshots and site.keepers else None
@@ -126,7 +126,7 @@ def train(config: Config, group: Group, opened: list[Opened], site: Site, report
             attaching = None
         if time.monotonic() - looked_at > LOOK_EVERY_S:
             left, looked_at = sites.reason_to_leave(site), time.monotonic()
-        left = STOPPED if interrupt.asked() else flight.notice or left
+        left = Exit.STOPPED if interrupt.asked() else flight.notice or left
         if flights.windows(flight) < WINDOWS_IN_FLIGHT and flight.step < config.train.steps and not left:
             flights.send_window(flight)
             continue
@@ -144,4 +144,4 @@ def train(config: Config, group: Group, opened: list[Opened], site: Site, report
         flights.take(flight)
     hosts.collect(hosts.call(group, config.timeout.save_s, "wait"))
     flights.announce(flight)
-    return FINISHED if flight.step == config.train.steps else left or STOPPED
+    return Exit.FINISHED if flight.step == config.train.steps else left or Exit.STOPPED
