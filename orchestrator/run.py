@@ -109,9 +109,11 @@ def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) ->
                 report.write_goodput(now=True)
 
 
-def train(config: Config, group: Group, opened: list[Opened], site: Site, report: Report, interrupt: Interrupt) -> str:
-    """Keeps two windows in flight until the last step. Returns FINISHED, STOPPED or why the run must move on; all is
-    saved then.
+def train(
+    config: Config, group: Group, opened: list[Opened], site: Site, report: Report, interrupt: Interrupt
+) -> Exit | Evidence:
+    """Keeps two windows in flight until the last step. All is saved when it returns: FINISHED, STOPPED, or what says
+    that the run must move on.
     """
     assert report.facts is not None
     left: Exit | Evidence | None = None
