@@ -14,6 +14,7 @@ from gemma.config import (
     ConfigError,
     Data,
     Eval,
+    Guard,
     Mesh,
     Model,
     Optim,
@@ -115,6 +116,7 @@ class Config:
     eval: Eval
     checkpoint: Checkpoint
     profile: Profile
+    guard: Guard
     cluster: Cluster
     wandb: Wandb
     retry: Retry
@@ -146,6 +148,7 @@ class Config:
             self.eval,
             self.checkpoint,
             self.profile,
+            self.guard,
         )
 
 

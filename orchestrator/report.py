@@ -98,6 +98,7 @@ class Report:
             "learning_rate": metrics["learning_rate"],
             "tokens": row.step * per_step,
             "targets": metrics["targets"],
+            "ok": metrics["ok"],
             "step_s": row.step_s,
             "tokens_per_s": per_step / step_s,
             "mfu": self.facts.step_flops / step_s / peak,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gemma import tokens
-from gemma.config import Checkpoint, Data, Eval, Mesh, Model, Optim, Profile, Program, Train
+from gemma.config import Checkpoint, Data, Eval, Guard, Mesh, Model, Optim, Profile, Program, Train
 from tests.small_text import TEXTS, VOCAB, config, write_jsonl
 
 # Before anything imports jax. The hosts of a simulated slice set their own. Unoptimised code compiles twice as fast.
@@ -63,6 +63,7 @@ def program() -> Program:
         eval=Eval(every=0, batches=1),
         checkpoint=Checkpoint(every=0, every_minutes=0.0, keep_last=1, keep_every=0),
         profile=Profile(steps=()),
+        guard=Guard(action="skip", spike_sigmas=0.0, warmup=100, rollback_steps=1, budget=10),
     )
 
 
