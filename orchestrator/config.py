@@ -14,6 +14,7 @@ from gemma.config import (
     ConfigError,
     Data,
     Eval,
+    Guard,
     Mesh,
     Model,
     Optim,
@@ -128,6 +129,7 @@ class Config:
     eval: Eval
     checkpoint: Checkpoint
     profile: Profile
+    guard: Guard
     cluster: Cluster
     wandb: Wandb
     retry: Retry
@@ -159,6 +161,7 @@ class Config:
             self.eval,
             self.checkpoint,
             self.profile,
+            self.guard,
         )
 
 

@@ -192,6 +192,7 @@ class Report:
             "learning_rate": metrics["learning_rate"],
             "tokens": row.step * per_step,
             "targets": metrics["targets"],
+            "ok": metrics["ok"],
             "step_s": row.step_s,
             "time": row.time,
             "tokens_per_s": per_step / step_s,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from gemma.config import Checkpoint, Data, Eval, Mesh, Model, Optim, Profile, Program, Train
+from gemma.config import Checkpoint, Data, Eval, Guard, Mesh, Model, Optim, Profile, Program, Train
 from gemma.step import functions
 
 
@@ -34,6 +34,7 @@ def program(model: Model, *, batch: int, sequence: int, dtype: str, remat: str, 
         eval=Eval(every=0, batches=1),
         checkpoint=Checkpoint(every=0, every_minutes=0.0, keep_last=1, keep_every=0),
         profile=Profile(steps=()),
+        guard=Guard(action="skip", spike_sigmas=0.0, warmup=100, rollback_steps=1, budget=10),
     )
 
 
