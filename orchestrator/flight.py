@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from gemma.reports import Opened, Ran
+from gemma.reports import Bad, Opened, Ran
 from orchestrator import group as hosts
 from orchestrator import memory, rundir
 from orchestrator.config import Config
@@ -40,6 +40,9 @@ class Flight:
     saved_at: float = field(default_factory=time.monotonic)
     sent: deque[Sent] = field(default_factory=deque)
     uncommitted: set[int] = field(default_factory=set)  # saved, not yet seen whole on disk
+    saving: bool = False  # a save was just sent
+    halted: bool = False  # the hosts must be brought back to an earlier step
+    bad: Bad | None = None  # the first of the bad steps that halted them
     notice: Evidence | None = None  # a host is about to be taken away
     step_s: float | None = None  # a step's usual seconds
     longest_s: float | None = None
@@ -82,12 +85,15 @@ def send_due(flight: Flight) -> None:
 
 def send_save(flight: Flight) -> None:
     send(flight, "save", flight.config.timeout.save_s, flight.step)
+    flight.saving = True
     flight.saved, flight.saved_at = flight.step, time.monotonic()
 
 
 def send_keep(flight: Flight, attaching: Attaching, opened: Sequence[Opened]) -> None:
     """From here on the hosts take snapshots; not if a keeper has died since, which the next attempt replaces."""
     timeout, group = flight.config.timeout, flight.group
+    if flight.config.checkpoint.snapshot == "off":
+        return
     slices = [spot.slice_name for spot in group.placement.spots]
     try:
         arguments = memory.keep_arguments(attaching, [one.share_key for one in opened], slices, flight.report.attempt)
@@ -113,6 +119,8 @@ def take(flight: Flight) -> None:
     """Waits for the oldest verb in flight and writes down what came. Raises HostsFailedError."""
     sent, report = flight.sent.popleft(), flight.report
     answers = hosts.collect(sent.call)
+    if flight.halted:
+        return  # sent before that was known: of no worth
     told = [Evidence(rank, notice=a.notice, time=time.time()) for rank, a in enumerate(answers) if a.notice]
     flight.notice = flight.notice or next(iter(told), None)
     result = answers[0].value
@@ -131,6 +139,14 @@ def take(flight: Flight) -> None:
 
 def take_window(flight: Flight, ran: Ran) -> None:
     flight.report.rows(ran.rows)
+    for bad in ran.bad:
+        flight.report.bad(bad)
+        flight.bad = bad if flight.bad is None else flight.bad
+    flight.halted = ran.halted
+    if not ran.halted:
+        flight.bad = None
+    if not ran.rows:
+        return
     times = sorted(row.step_s for row in ran.rows)
     flight.step_s = times[len(times) // 2]
     flight.longest_s = max(times[-1], flight.longest_s or 0.0)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma import v5p
-from gemma.reports import Evaluated, Restored, Row
+from gemma.reports import Bad, Evaluated, Restored, Row
 from orchestrator import rundir
 from orchestrator.config import Config
 from orchestrator.goodput import Ledger
@@ -59,6 +59,9 @@ class Report:
         self.evaluated_step = max((e["step"] for e in told if e["event"] == "eval"), default=0)
         self.facts: Restored | None = None
         self.goodput_written = 0.0
+        self.newest_row: dict[str, Any] = {}
+        self.struck = {e["index"] for e in told if e["event"] == "chaos"}  # faults on purpose, done already
+        self.bad_steps = [e["step"] for e in told if e["event"] == "bad_step"]
         self.last_row_time = 0.0  # time.time() at which the newest step was done
         self.story = ""  # of the newest failure, in full
         self.first_step_s: float | None = None  # from the command to the first step's loss
@@ -165,12 +168,21 @@ class Report:
             self.write_row(row, self.attempt)
         self.write_goodput()
 
+    def bad(self, bad: Bad) -> None:
+        """A step whose update was not applied."""
+        row = self.newest_row
+        facts = {"loss": row["loss"], "grad_norm": row["grad_norm"]} if row.get("step") == bad.step else {}
+        self.bad_steps.append(bad.step)
+        self.event("bad_step", bad.step, batch=bad.batch, ids=list(bad.ids), **facts)
+        self.screen.say(f"step {bad.step}: its update is not finite, or spikes; not applied (batch {bad.batch})")
+
     def write_row(self, row: Row, attempt: int | None) -> None:
         last = self.incidents[-1] if self.incidents else None
         if last and last.catch_up_s is None and last.restart_s is not None and row.step > last.step:
             self.incidents[-1] = replace(last, catch_up_s=max(0.0, time.monotonic() - self.ready_at))
         self.step, self.newest, self.last_row_time = row.step, max(self.newest, row.step), row.time
         full = self.full_row(row) | {"attempt": attempt}
+        self.newest_row = full
         self.metrics_file.write(full)
         self.wandb.log(full)
         self.screen.step(full)

@@ -9,10 +9,10 @@ from typing import IO
 
 from gemma.config import ConfigError
 from gemma.reports import Opened
+from orchestrator import chaos, faults, recover, rewind, rundir, sites, slices
 from orchestrator import config as configs
 from orchestrator import flight as flights
 from orchestrator import group as hosts
-from orchestrator import recover, rundir, sites, slices
 from orchestrator.config import Config
 from orchestrator.exit import HOW, Exit
 from orchestrator.flight import Flight
@@ -118,9 +118,9 @@ def train(
     assert report.facts is not None
     left: Exit | Evidence | None = None
     looked_at = time.monotonic()
+    planned = faults.plan(config.chaos, config.train.steps, len(group.workers))
     flight = Flight(config, group, report, report.facts.step, max(rundir.committed(report.folder), default=0))
-    snapshots = config.checkpoint.snapshot != "off"
-    attaching = sites.equip(site, config, group, opened) if snapshots and site.keepers else None
+    attaching = sites.equip(site, config, group, opened) if site.keepers else None
     flights.send_due(flight)
     while True:
         if attaching and attaching.ready():
@@ -129,14 +129,21 @@ def train(
         if time.monotonic() - looked_at > LOOK_EVERY_S:
             left, looked_at = sites.reason_to_leave(site), time.monotonic()
         left = Exit.STOPPED if interrupt.asked() else flight.notice or left
-        if flights.windows(flight) < WINDOWS_IN_FLIGHT and flight.step < config.train.steps and not left:
+        goes_on = flight.step < config.train.steps and not left and not flight.halted
+        if goes_on and flights.windows(flight) < WINDOWS_IN_FLIGHT:
             flights.send_window(flight)
+            if flight.saving:
+                chaos.strike(planned, "save", group, site, report)
+                flight.saving = False
             continue
         if not flight.sent:
             break
         flights.take(flight)
+        if flight.halted and not flight.sent:
+            rewind.rewind(flight, opened, site)
+        chaos.strike(planned, "step", group, site, report)
         # Not before the first steps are done: nobody waits for these processes to come up.
-        if flight.step_s and snapshots and not site.keepers:
+        if flight.step_s and not site.keepers:
             attaching = sites.equip(site, config, group, opened)
         if flight.step_s and not attaching:
             sites.put_by(site)

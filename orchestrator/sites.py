@@ -152,8 +152,7 @@ def opened(config: Config, folder: Path, repair: Callable[[], None]) -> Iterator
     controller which resumes the run will want.
     """
     site = Site(config, memory.namespace(folder.name, rundir.read_manifest(folder).created), repair=repair)
-    if config.checkpoint.snapshot != "off":
-        site.keepers = memory.find(site.space)
+    site.keepers = memory.find(site.space)
     try:
         yield site
     finally:
