@@ -21,10 +21,16 @@ STRIKE_S = 5.0  # for a keeper to do its worst
 
 
 def strike(plan: Sequence[Fault], phase: str, group: Group, site: Site, report: Report) -> None:
-    """Does what is due. Told first: a fault that ends the controller must not strike again when it is resumed."""
+    """Does what is due, one fault at a step and one more on the way back to it: a run that is never let go on gives up.
+
+    Told first: a fault that ends the controller must not strike again when it is resumed.
+    """
+    moment = (report.newest, phase in ("compile", "restore"))
     for fault in plan:
-        if fault.phase != phase or report.newest < fault.step or fault.index in report.struck:
+        due = fault.phase == phase and fault.step <= report.newest and fault.index not in report.struck
+        if not due or moment in report.struck_at:
             continue
+        report.struck_at.add(moment)
         report.struck.add(fault.index)
         report.event("chaos", report.newest, index=fault.index, fault=fault.kind, rank=fault.rank, phase=phase)
         report.screen.say(f"chaos: {fault.kind} at step {report.newest}, rank {fault.rank} ({phase})")

@@ -59,7 +59,9 @@ class Report:
         self.evaluated_step = max((e["step"] for e in told if e["event"] == "eval"), default=0)
         self.facts: Restored | None = None
         self.goodput_written = 0.0
+        self.began = 0.0  # time.time() of this attempt
         self.newest_row: dict[str, Any] = {}
+        self.struck_at: set[tuple[int, bool]] = set()
         self.struck = {e["index"] for e in told if e["event"] == "chaos"}  # faults on purpose, done already
         self.bad_steps = [e["step"] for e in told if e["event"] == "bad_step"]
         self.last_row_time = 0.0  # time.time() at which the newest step was done
@@ -71,7 +73,7 @@ class Report:
 
     def begin_attempt(self) -> None:
         self.attempt += 1
-        self.step = 0
+        self.step, self.began = 0, time.time()
 
     def phase(self, bucket: str, shown: str) -> float:
         """The controller turns to something else; returns the seconds the last thing took."""
@@ -90,7 +92,7 @@ class Report:
     def failed(self, outcome: str, cause: Evidence, done: int, story: Path | None) -> None:
         """done: steps done by the hosts, told or not."""
         now = time.time()
-        detect_s = max(0.0, now - (cause.time or self.last_row_time or now))
+        detect_s = max(0.0, now - (cause.time or max(self.last_row_time, self.began)))
         said = seen(cause)
         self.ledger.move("step", "detect", detect_s)
         self.detected_at = time.monotonic()

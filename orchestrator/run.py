@@ -79,6 +79,7 @@ def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) ->
                 spares = sites.take_spares(site)
                 group = hosts.spawn(now, placement, folder, report.attempt, site.predecessors, spares)
                 group = hosts.join(group, now, interrupt.asked)
+                sites.watch(site, group)
                 report.event("start", duration_s=time.monotonic() - started, pids=list(group.pids))
                 opened = recover.start(now, folder, group, site, report, interrupt, started)
                 left = train(now, group, opened, site, report, interrupt)

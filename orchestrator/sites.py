@@ -117,6 +117,13 @@ def take_spares(site: Site) -> dict[str, Any]:
     return taken
 
 
+def watch(site: Site, group: Group) -> None:
+    """Hosts that have a keeper note when their process ends."""
+    for node, pid in group.by_node.items():
+        if node in site.keepers:
+            site.keepers[node].watch.remote(pid)
+
+
 def kill(site: Site, group: Group) -> None:
     """Ends the processes of an attempt: by their hosts' keepers at once, even a stopped one, and by Ray."""
     site.predecessors |= group.by_node
