@@ -74,6 +74,7 @@ def packing(state: TrainState, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
     if any(leaf.dtype.itemsize != 4 for leaf in leaves):
         raise ValueError("a snapshot is of words: every leaf of the state must be four bytes wide")
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, state)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
     flat = PartitionSpec(AXES)
 
     def pack(state: TrainState) -> jax.Array:
@@ -92,7 +93,9 @@ def packing(state: TrainState, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
 
     return (
         jax.jit(jax.shard_map(pack, mesh=mesh, in_specs=(specs,), out_specs=flat, check_vma=False)),
-        jax.jit(jax.shard_map(unpack, mesh=mesh, in_specs=flat, out_specs=specs, check_vma=False)),
+        jax.jit(
+            jax.shard_map(unpack, mesh=mesh, in_specs=flat, out_specs=specs, check_vma=False), out_shardings=places
+        ),
     )
 
 

@@ -132,15 +132,18 @@ class Keeper:
 
     def stacks(self, pid: int) -> str:
         """State, place in the kernel and name of each thread of a process. Its Python stacks it writes itself."""
-        found = []
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGUSR1)
+        return "\n".join(self.threads(pid))
+
+    def threads(self, pid: int) -> list[str]:
+        found = []
         for task in sorted(Path(f"/proc/{pid}/task").glob("*")):
             with contextlib.suppress(OSError):
                 state = task.joinpath("stat").read_text().rpartition(")")[2].split()[0]
                 name, waits_in = task.joinpath("comm").read_text().strip(), task.joinpath("wchan").read_text()
                 found.append(f"{state} {waits_in} {name}")
-        return "\n".join(found)
+        return found
 
     def freeze(self, pid: int, seconds: float) -> None:
         """A process stands still for a while. For rehearsals, as are the next two."""

@@ -14,7 +14,7 @@ JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # Of gemma/, what needs no JAX.
 PLAIN = {
     *("gemma.analytic", "gemma.compile_ahead", "gemma.config", "gemma.corpus", "gemma.flops", "gemma.reports"),
-    *("gemma.sources", "gemma.tokenizer", "gemma.v5p", "gemma.versions"),
+    *("gemma.slots", "gemma.sources", "gemma.tokenizer", "gemma.v5p", "gemma.versions", "gemma.wire"),
 }
 NEVER = {
     "gemma": {"ray", "hydra", "wandb", "orchestrator", "launch", "tests"},

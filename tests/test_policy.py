@@ -6,26 +6,45 @@ import pytest
 
 from orchestrator.outcome import Evidence, Outcome, classify
 from orchestrator.policy import Failure, GiveUp, Restart, decide
-from orchestrator.window import MOST_STEPS, due, window_end
+from orchestrator.window import MOST_STEPS, deadline_s, due, snapshot_every, window_end
 
 BROKEN = "JaxRuntimeError"
 OOM = "RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes"
 
 
+DEAD = Evidence(1, died=True, time=5.0)
+
+
 @pytest.mark.parametrize(
     ("evidence", "outcome", "rank"),
     [
-        ([Evidence(0, exception=BROKEN, message="Connection closed"), Evidence(1, died=True)], Outcome.HOST_DIED, 1),
+        ([Evidence(0, exception=BROKEN, message="Connection closed"), DEAD], Outcome.HOST_DIED, 1),
         ([Evidence(0, died=True), Evidence(1, died=True, node_alive=False)], Outcome.NODE_DIED, 1),
+        ([Evidence(0, died=True, node_alive=False, slice_alive=False)], Outcome.SLICE_LOST, 0),
+        ([Evidence(0, died=True, crash="Fatal Python error: Segmentation fault")], Outcome.HOST_CRASHED, 0),
+        # The first that died is the cause: its peers abort when they lose it.
+        ([DEAD, Evidence(0, died=True, crash="Aborted", time=5.1)], Outcome.HOST_DIED, 1),
+        ([DEAD, Evidence(0, died=True, crash="Segmentation fault", time=4.9)], Outcome.HOST_CRASHED, 0),
+        ([Evidence(0, exception=BROKEN), Evidence(1, died=True, out_of_memory=True)], Outcome.OUT_OF_MEMORY, 1),
+        ([Evidence(0, exception=BROKEN), Evidence(1, died=True, notice="SIGTERM")], Outcome.PREEMPTED, 1),
+        ([Evidence(0, died=True, node_alive=False, notice="drained")], Outcome.PREEMPTED, 0),
         ([Evidence(0, overdue="run"), Evidence(1, overdue="run")], Outcome.HANG, 0),
+        ([Evidence(0, overdue="run"), Evidence(1, overdue="run", stopped=True)], Outcome.HANG, 1),
         ([Evidence(0, exception=BROKEN, message="INTERNAL: Gloo: timed out")], Outcome.PEER_LOST, 0),
         ([Evidence(1, exception="XlaRuntimeError", message="UNAVAILABLE")], Outcome.PEER_LOST, 1),
         ([Evidence(0, exception="ValueError", message="the request timed out")], Outcome.ERROR, 0),
         ([Evidence(0, exception="TimeoutError", message="preempted")], Outcome.ERROR, 0),
         ([Evidence(0, exception=BROKEN, message="peer"), Evidence(1, exception="KeyError")], Outcome.ERROR, 1),
+        (
+            [Evidence(0, exception="KeyError", time=9.0), Evidence(1, exception="IndexError", time=8.0)],
+            Outcome.ERROR,
+            1,
+        ),
         ([Evidence(0, exception=BROKEN, message="peer"), Evidence(1, exception=BROKEN, message=OOM)], Outcome.ERROR, 1),
         ([Evidence(0, exception=BROKEN), Evidence(1, exception="ConfigError", message="x")], Outcome.BAD_INPUT, 1),
         ([Evidence(0, exception="KeyError"), Evidence(1, exception="CheckpointError")], Outcome.CHECKPOINT, 1),
+        ([Evidence(0, exception="SnapshotError")], Outcome.SNAPSHOT, 0),
+        ([Evidence(0, exception="Diverged")], Outcome.DIVERGED, 0),
         ([Evidence(0, exception="ConfigError"), Evidence(1, died=True)], Outcome.HOST_DIED, 1),
         ([Evidence(0, overdue="run"), Evidence(1, exception="KeyError")], Outcome.ERROR, 1),
         ([Evidence(0)], Outcome.ERROR, 0),
@@ -40,7 +59,7 @@ def test_a_failure_is_classified_by_evidence_not_by_words(
 
 def test_every_outcome_has_evidence_that_leads_to_it() -> None:
     (table,) = [mark.args[1] for mark in test_a_failure_is_classified_by_evidence_not_by_words.pytestmark]
-    assert {row[1] for row in table} == set(Outcome)
+    assert {row[1] for row in table} == set(Outcome) - {Outcome.REGROWN}  # which is told, not found out
 
 
 def died(committed: int | None, step: int = 7) -> Failure:
@@ -67,20 +86,38 @@ def test_the_budget_counts_failures_since_the_last_new_commit(
 
 @pytest.mark.parametrize("outcome", Outcome)
 def test_only_what_another_try_can_mend_is_tried_again(outcome: Outcome) -> None:
-    retried = {Outcome.HOST_DIED, Outcome.NODE_DIED, Outcome.HANG, Outcome.PEER_LOST}
-    assert isinstance(decide([Failure(outcome, "x", 7, 0)], 9), Restart) is (outcome in retried)
+    final = {Outcome.ERROR, Outcome.BAD_INPUT, Outcome.DIVERGED}
+    decision = decide([Failure(outcome, "x", 7, 0, others=1)], 9)
+    assert isinstance(decision, GiveUp) is (outcome in final)
 
 
-@pytest.mark.parametrize(
-    ("before", "decision"),
-    [
-        (Failure(Outcome.PEER_LOST, "same", 7, None), GiveUp),
-        (Failure(Outcome.PEER_LOST, "same", 6, None), Restart),
-        (Failure(Outcome.PEER_LOST, "other", 7, None), Restart),
-    ],
-)
-def test_the_same_failure_twice_at_the_same_step_ends_the_run(before: Failure, decision: type) -> None:
-    assert isinstance(decide([before, Failure(Outcome.PEER_LOST, "same", 7, None)], 9), decision)
+def test_an_unreadable_checkpoint_is_passed_over_while_an_older_one_is_left() -> None:
+    history = [Failure(Outcome.CHECKPOINT, "x", 0, None, others=others) for others in (2, 1, 0)]
+    assert [type(decide(history[:n], 0)) for n in (1, 2, 3)] == [Restart, Restart, GiveUp]
+
+
+def test_preemptions_are_free_however_many() -> None:
+    history = [Failure(Outcome.PREEMPTED, "preempted", 7, 7)] * 50
+    assert isinstance(decide(history, 0), Restart)
+    assert isinstance(decide([*history, died(7)], 1), Restart)
+    assert isinstance(decide([died(7), *history, died(7)], 1), GiveUp)
+
+
+OWN = [Outcome.HOST_CRASHED, Outcome.OUT_OF_MEMORY, Outcome.HANG, Outcome.PEER_LOST]
+
+
+@pytest.mark.parametrize("outcome", OWN)
+@pytest.mark.parametrize(("signature", "step", "decision"), [("s", 7, GiveUp), ("s", 6, Restart), ("t", 7, Restart)])
+def test_the_same_failure_twice_at_the_same_step_ends_the_run(
+    outcome: Outcome, signature: str, step: int, decision: type
+) -> None:
+    before = Failure(outcome, signature, step, None)
+    assert isinstance(decide([before, Failure(outcome, "s", 7, None)], 9), decision)
+
+
+@pytest.mark.parametrize("outcome", [Outcome.HOST_DIED, Outcome.NODE_DIED, Outcome.SLICE_LOST])
+def test_what_is_done_to_a_run_from_outside_may_strike_twice_at_a_step(outcome: Outcome) -> None:
+    assert isinstance(decide([Failure(outcome, "s", 7, None)] * 2, 9), Restart)
 
 
 def test_a_decision_says_why() -> None:
@@ -108,3 +145,25 @@ def test_a_window_lasts_about_a_second(step_s: float | None, steps: int) -> None
 )
 def test_what_happens_every_so_often_also_happens_at_the_end(step: int, every: int, expected: bool) -> None:
     assert due(step, 40, every) is expected
+
+
+@pytest.mark.parametrize(
+    ("pack_s", "wait_s", "step_s", "every"),
+    [
+        (0.001, 0.0, 0.1, 1),  # exactly 1 %
+        (0.0005, 0.05, 0.1, 1),  # written while the next step is under way
+        (0.002, 0.0, 0.1, 2),
+        (0.0, 1.08, 0.1, 1000),  # slower than steps are: it would hold them up
+        (0.02, 0.1, 5.0, 1),
+    ],
+)
+def test_snapshots_are_as_dense_as_their_cost_allows(pack_s: float, wait_s: float, step_s: float, every: int) -> None:
+    found = snapshot_every(pack_s, wait_s, step_s, 0.01)
+    assert found == every
+    assert pack_s / (found * step_s) <= 0.01 + 1e-9
+
+
+def test_a_hang_is_what_takes_far_longer_than_the_run_has_shown() -> None:
+    assert deadline_s(600, 60, None, 10) == 600  # nothing seen yet
+    assert 60 < deadline_s(600, 60, 0.1, 10) < 70
+    assert 200 < deadline_s(600, 60, 20.0, 1) <= 260

@@ -37,18 +37,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_step_n_trains_on_batch_n_before_and_after_a_restore(trainer: Trainer, asked: list[int]) -> None:
     trainer.restore(None)
-    rows = trainer.run(0, 2)
+    rows = trainer.run(0, 2, 0, 0).rows
     trainer.save(2)
     trainer.wait()
     trainer.restore(2)
-    rows += trainer.run(2, 4)
+    rows += trainer.run(2, 4, 2, 0).rows
     assert asked == [0, 1, 2, 3]
     assert [row.step for row in rows] == [1, 2, 3, 4]  # steps done
 
 
 def test_a_restored_state_is_the_saved_one_to_the_bit(trainer: Trainer) -> None:
     trainer.restore(None)
-    trainer.run(0, 3)
+    trainer.run(0, 3, 0, 0)
     trainer.save(3)
     trainer.wait()
     saved = jax.device_get(trainer.state)
@@ -63,11 +63,11 @@ def test_a_trace_holds_its_steps_and_ends_with_the_run(trainer: Trainer, monkeyp
     monkeypatch.setattr(jax.profiler, "start_trace", lambda _: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
     take = trainer.take
-    monkeypatch.setattr(trainer, "take", lambda step, metrics: calls.append(f"{step}") or take(step, metrics))
+    monkeypatch.setattr(trainer, "take", lambda step, *rest: calls.append(f"{step}") or take(step, *rest))
     trainer.program = replace(trainer.program, profile=replace(trainer.program.profile, steps=(2, 99)))
     trainer.restore(None)
     for first, last in ((0, 2), (2, 3), (3, trainer.program.train.steps)):
-        trainer.run(first, last)
+        trainer.run(first, last, 0, 0)
     assert calls[:4] == ["1", "2", "start", "3"]
     assert calls[-1] == "stop"
     assert calls.count("start") == calls.count("stop") == 1

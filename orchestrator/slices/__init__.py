@@ -17,4 +17,7 @@ def connect(config: Config) -> Iterator[Callable[[], None]]:
 
     provider = {"local": local.connect, "ray": existing.connect}[config.cluster.kind]
     with provider(config) as repair:
+        from ray._private import worker
+
+        worker._worker_logs_enabled = False  # a death is told by us, in one line
         yield repair
