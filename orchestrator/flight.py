@@ -79,8 +79,8 @@ def send_due(flight: Flight) -> None:
     minutes = (now - begun.begun_at) / 60
     late = 0 < config.checkpoint.every <= step - begun.newest or 0 < config.checkpoint.every_minutes <= minutes
     wanted = late or due(step, config.train.steps, config.checkpoint.every)
-    if begun.failures:
-        wanted = now >= begun.again_at
+    if begun.failures:  # one try at a time
+        wanted = now >= begun.again_at and not begun.uncommitted and all(sent.verb != "save" for sent in flight.sent)
     if step > begun.newest and wanted:
         send_save(flight)
 
@@ -173,9 +173,9 @@ def save_last(flight: Flight, patient: bool) -> None:
         if (flight.step <= begun.newest and not begun.uncommitted) or not patient:
             return
         left_s = deadline - time.monotonic()
-        if left_s <= 0:
+        if left_s <= LOOK_S:
             newest = max(rundir.committed(flight.report.folder), default=0)
             kept = f"step {newest} is the newest on disk" if newest else "nothing is on disk"
             why = begun.problem if begun.failures else "not whole on disk"
             raise TimeoutError(f"step {flight.step} was not saved within timeout.save_s={save_s:g} ({why}); {kept}")
-        time.sleep(min(left_s, max(LOOK_S, begun.again_at - time.monotonic())))
+        time.sleep(min(left_s / 2, max(LOOK_S, begun.again_at - time.monotonic())))  # the last tries need time too
