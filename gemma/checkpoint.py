@@ -40,6 +40,13 @@ def save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
         manager.save(step, args=ocp.args.StandardSave(state._asdict()), force=True)
 
 
+def drop_after(manager: ocp.CheckpointManager, step: int) -> None:
+    """Deletes what was saved beyond a step that the run goes back to."""
+    manager.wait_until_finished()
+    for later in [saved for saved in manager.all_steps() if saved > step]:
+        manager.delete(later)
+
+
 def restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> TrainState:
     """The state of a committed step, laid out as `abstract` asks: another mesh means resharding on the way in.
 

@@ -208,6 +208,32 @@ class Profile:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """Of updates that are not finite or spike. None is ever applied; `action` is what is done besides."""
+
+    action: Literal["skip", "rollback", "stop"]
+    spike_sigmas: float  # 0 is off; further above its running mean, in standard deviations, a loss or gradient spikes
+    warmup: int  # good steps before spikes are looked for
+    rollback_steps: int  # rollback goes back so many steps at least
+    budget: int  # bad steps among the last 100; one more stops the run, whatever the action
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.spike_sigmas < math.inf,
+            f"guard.spike_sigmas={self.spike_sigmas}: must be at least 0, and finite; 0 is off",
+        )
+        require_at_least("guard", {"rollback_steps": self.rollback_steps}, 1)
+        require(
+            2 <= self.warmup <= 2**24,
+            f"guard.warmup={self.warmup}: must lie in 2..2**24 (one step has no deviation)",
+        )
+        require(
+            0 <= self.budget <= 100,
+            f"guard.budget={self.budget}: must lie in 0..100 (bad steps among the last 100)",
+        )
+
+
+@dataclass(frozen=True)
 class Program:
     """All that the SPMD program needs to know. Equal programs train the same model, bit for bit, on equal meshes."""
 
@@ -219,6 +245,7 @@ class Program:
     eval: Eval
     checkpoint: Checkpoint
     profile: Profile
+    guard: Guard
 
 
 def fill(mesh: Mesh, chips: int) -> Mesh:

@@ -7,7 +7,7 @@ target of one and the first input of the next. Grain shuffles by random access, 
 no iterator whose state could be lost.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grain
@@ -39,6 +39,7 @@ class Dataset:
     """Train rows in their shuffled, endless order, and the held-out rows in theirs. Both by random access."""
 
     train: grain.MapDataset
+    ids: grain.MapDataset  # the numbers of train's rows in the flat file, in train's order
     eval: Rows
     batch: int
     sequence: int
@@ -70,8 +71,29 @@ def open_dataset(tokens: Tokens, data: Data, batch: int, seed: int) -> Dataset:
             f"{name}: {len(tokens.eval)} held-out tokens, less than one row of data.sequence={data.sequence};"
             f" raise data.eval_fraction={data.eval_fraction} or give more text"
         )
-    order = grain.MapDataset.source(train).seed(seed).shuffle().repeat(None)
-    return Dataset(order, held_out, batch, data.sequence)
+    rows, ids = (endless(grain.MapDataset.source(source), seed) for source in (train, range(len(train))))
+    return Dataset(rows, ids, held_out, batch, data.sequence)
+
+
+def endless(source: grain.MapDataset, seed: int) -> grain.MapDataset:
+    """A new order each epoch, which depends on the seed and the source's length alone."""
+    return source.seed(seed).shuffle().repeat(None)
+
+
+def batch_index(step: int, skipped: Sequence[int]) -> int:
+    """The batch that `step` trains on where those in `skipped`, ascending and distinct, are never used."""
+    index = step
+    for bad in skipped:
+        if bad > index:
+            break
+        index += 1
+    return index
+
+
+def batch_ids(dataset: Dataset, index: int) -> list[int]:
+    """Which rows the index-th training batch holds: row i is tokens[i*T : i*T + T + 1] of the flat file."""
+    first = index * dataset.batch
+    return [int(dataset.ids[first + row]) for row in range(dataset.batch)]
 
 
 def place(abstract: jax.ShapeDtypeStruct, rows: Callable[[int, int], np.ndarray]) -> jax.Array:

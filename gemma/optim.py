@@ -43,6 +43,11 @@ def optimizer(config: Optim, steps: int) -> optax.GradientTransformation:
     )
 
 
+def updates_made(opt_state: optax.OptState) -> jax.Array:
+    """int32: where the schedule stands. Behind the step by the updates that were not applied."""
+    return optax.tree.get(opt_state, "ScaleByScheduleState").count
+
+
 def global_norms(trees: tuple[optax.Params, ...], places: optax.Params) -> jax.Array:
     """The l2 norm of each of several trees cut alike, as optax.tree.norm, in one all-reduce instead of one a leaf.
 

@@ -39,10 +39,21 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Bad:
+    """A step whose update was not applied: not finite, or a spike."""
+
+    step: int  # counted as Row counts
+    batch: int  # index of the batch it trained on
+    ids: tuple[int, ...]  # the rows of the corpus in that batch
+
+
+@dataclass(frozen=True)
 class Ran:
     """What a window of steps brought."""
 
     rows: tuple[Row, ...]
+    bad: tuple[Bad, ...]
+    halted: bool  # the hosts make no step more before they are brought back to one
     snapshots: int  # taken meanwhile
     wait_s: float  # for them to be written, each while the devices had a step to do
 

@@ -5,6 +5,7 @@ A save that cannot be is refused before any host enters Orbax. One that fails la
 """
 
 import contextlib
+import math
 import os
 import shutil
 import threading
@@ -96,6 +97,15 @@ def settle(saver: Saver, wait_s: float) -> bool:
         time.sleep(POLL_S)
     saver.failed = poll(saver)
     return True
+
+
+def drop_after(saver: Saver, step: int) -> None:
+    """Deletes what was saved beyond a step that the run goes back to."""
+    settle(saver, math.inf)
+    if saver.stale:
+        saver.manager.reload()
+        saver.stale = False
+    checkpoint.drop_after(saver.manager, step)
 
 
 def clear(saver: Saver) -> None:

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 
-from gemma import optim
+from gemma import guard, optim
 from gemma.config import Program
 from gemma.loss import cross_entropy_sum
 from gemma.model import Gemma
@@ -31,6 +31,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32: steps done
     params: Tree
     opt_state: Tree
+    guard: jax.Array  # of gemma.guard: what tells a spike
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,14 @@ def functions(program: Program, mesh: jax.sharding.Mesh) -> Functions:
 
     def init() -> TrainState:
         params = nnx.to_pure_dict(nnx.state(create(rngs=nnx.Rngs(train.seed))))
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), guard.fresh())
 
     shapes = jax.eval_shape(init)
     replicated = sharding(mesh, ())
     opt_places = optax.tree.map_params(
         tx, lambda _, place: place, shapes.opt_state, places, transform_non_params=lambda _: replicated
     )
-    state_places: Any = TrainState(*[replicated, places, opt_places])
+    state_places: Any = TrainState(*[replicated, places, opt_places, replicated])
     state = jax.tree.map(lambda a, p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=p), shapes, state_places)
     batch_place = sharding(mesh, ("batch", "time"))
     batch = jax.ShapeDtypeStruct((train.batch, program.data.sequence + 1), jnp.int32, sharding=batch_place)
@@ -166,22 +167,29 @@ def update(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step: the mean loss over all targets of the global batch, its gradient, clipping, AdamW.
 
-    The metrics are those of the parameters the step began with.
+    A bad update (gemma.guard) is not applied: the state stays, to the bit, but for `step`. The metrics are those of
+    the parameters the step began with; `ok` is 1.0 where the update is applied, else 0.0.
     """
     total, count, grads = grads_of(state.params, tokens_BU)
     count = jnp.maximum(count, 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
+    loss = total / count
     grad_norm, param_norm = optim.global_norms((grads, state.params), places)
     if program.optim.clip_norm is not None:
         shrink = jnp.minimum(1.0, program.optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
         grads = jax.tree.map(lambda g: g * shrink, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    good = guard.is_good(program.guard, state.guard, loss, grad_norm)
+    # Of what is applied: the schedule goes by the updates made, so a skipped one uses up no part of it.
+    rate = optim.schedule(program.optim, program.train.steps)(optim.updates_made(state.opt_state))
     metrics = {
-        "loss": total / count,
+        "loss": loss,
         "grad_norm": grad_norm,
         "param_norm": param_norm,
-        "learning_rate": optim.schedule(program.optim, program.train.steps)(state.step),
+        "learning_rate": rate,
         "targets": count,
+        "ok": good.astype(jnp.float32),
     }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    new = (params, opt_state, guard.learned(state.guard, loss, grad_norm))
+    return TrainState(state.step + 1, *guard.kept(good, new, tuple(state[1:]))), metrics

@@ -16,13 +16,14 @@ import jax
 
 from gemma import aot, checkpoint, data, flops, saving, slots, snapshot, weights
 from gemma.config import Program
-from gemma.reports import Evaluated, Failed, Opened, Ran, Restored, Row, Saved
+from gemma.reports import Bad, Evaluated, Failed, Opened, Ran, Restored, Row, Saved
 from gemma.sharding import make_mesh
 from gemma.snapshot import Keeping
 from gemma.step import TrainState, functions
 from gemma.tokens import open_tokens
 from gemma.wire import Address, Source
 
+IN_A_ROW = 3  # bad steps: then it is not the batch that is bad but the state
 PACKINGS = 5  # timed before snapshots begin: the shortest is what one costs
 
 
@@ -49,6 +50,9 @@ class Trainer:
         self.pack: Any = None
         self.keeping: Keeping | None = None
         self.attempt = 0
+        self.skipped: tuple[int, ...] = ()
+        self.bad: list[Bad] = []  # of the window
+        self.halted = False
         self.rows: list[Row] = []  # that the controller may not have been told of
         self.evals: list[Evaluated] = []
         self.saver = saving.open_saver(folder / "checkpoints", program.checkpoint, self.functions.state)
@@ -65,9 +69,10 @@ class Trainer:
         """Of the config only what the program is built from names it: another seed or length compiles nothing anew."""
         p = self.program
         train = (p.train.batch, p.train.dtype, p.train.accumulation, p.train.remat, p.train.loss_chunk)
+        spikes = (p.guard.spike_sigmas, p.guard.warmup)
         built_from = {
             "init": (p.model, p.mesh, p.train.seed),
-            "train": (p.model, p.mesh, p.data.sequence, *train, p.optim, p.train.steps),
+            "train": (p.model, p.mesh, p.data.sequence, *train, p.optim, p.train.steps, *spikes),
             "eval": (p.model, p.mesh, p.data.sequence, *train),
             "pack": (p.model, p.mesh, p.optim, p.train.steps),
             "unpack": (p.model, p.mesh, p.optim, p.train.steps),
@@ -78,13 +83,20 @@ class Trainer:
     def opened(self) -> Opened:
         return Opened(self.share.key, self.share.bytes)
 
-    def restore(self, step: int | None, source: Source | None = None) -> Restored:
+    def restore(
+        self, step: int | None, source: Source | None = None, skipped: tuple[int, ...] = (), again: bool = False
+    ) -> Restored:
         """Stands ready at a step: of a snapshot where a source is given, else committed on disk; None initialises.
 
+        skipped: batches that are not used. again: what was saved beyond the step is of no history any more.
         Raises CheckpointError rather than start afresh, SnapshotError where a snapshot is gone.
         """
         started = time.monotonic()
         self.rows, self.evals = [], []
+        self.skipped, self.bad, self.halted = skipped, [], False
+        self.state = None  # gone before the new one comes: there is no room for two
+        if again:
+            saving.drop_after(self.saver, step or 0)
         if step is None:
             self.state = self.initial()
         elif source is None:
@@ -159,12 +171,15 @@ class Trainer:
         assert self.state is not None
         self.rows = [row for row in self.rows if row.step > reported]
         self.evals = [found for found in self.evals if found.step > reported]
-        count, keeping = len(self.rows), self.keeping
+        count, keeping, self.bad = len(self.rows), self.keeping, []
         snapshots, wait_s = 0, 0.0
         flight: list[tuple[int, dict[str, jax.Array], jax.Array | None]] = []
         for step in range(first, last):
+            if self.halted:
+                break
             self.profile(step)
-            tokens = data.place(self.functions.batch, partial(self.dataset.train_rows, step))
+            index = data.batch_index(step, self.skipped)
+            tokens = data.place(self.functions.batch, partial(self.dataset.train_rows, index))
             if keeping:
                 wait_s += keeping.settle()  # while the step before this one is under way
             self.state, metrics = self.train(self.state, tokens)
@@ -176,18 +191,31 @@ class Trainer:
         for entry in flight:
             self.take(*entry)
         self.profile_ends(last)
-        return Ran(tuple(self.rows[count:]), snapshots, wait_s)
+        return Ran(tuple(self.rows[count:]), tuple(self.bad), self.halted, snapshots, wait_s)
 
     def take(self, step: int, metrics: dict[str, jax.Array], packed: jax.Array | None) -> None:
-        """Waits for a step; its snapshot is brought to memory from here on."""
+        """Waits for a step; its snapshot is brought to memory from here on, if it is good."""
+        if self.halted:
+            return
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.monotonic()
         self.rows.append(Row(step, values, now - self.ready, time.time()))
         self.ready = now
+        if not values["ok"]:
+            self.judge(step)
         if self.keeping:
             slots.tell_progress(self.keeping.slots, step)
-            if packed is not None:
+            if packed is not None and values["ok"]:
                 self.keeping.hand_over(step, packed, self.noted())
+
+    def judge(self, step: int) -> None:
+        """Of a bad step: names its batch, and halts unless it may be passed over. Every host comes to the same."""
+        index = data.batch_index(step - 1, self.skipped)
+        ids = data.batch_ids(self.dataset, index) if jax.process_index() == 0 else []
+        self.bad.append(Bad(step, index, tuple(ids)))
+        last = [row.metrics["ok"] for row in self.rows[-IN_A_ROW:]]
+        in_a_row = len(last) == IN_A_ROW and not any(last)
+        self.halted = self.program.guard.action != "skip" or in_a_row
 
     def profile(self, step: int) -> None:
         """Opens the profiler's trace before its first step, closes it before the first that is not its; host 0 only."""
@@ -220,6 +248,13 @@ class Trainer:
         found = Evaluated(step, total / max(count, 1.0), self.ready - started)
         self.evals.append(found)
         return found
+
+    def poison(self) -> None:
+        """A rehearsal of a bad state: the first parameter is not a number any more."""
+        assert self.state is not None
+        leaves, tree = jax.tree.flatten(self.state.params)
+        params = jax.tree.unflatten(tree, [leaves[0] * float("nan"), *leaves[1:]])
+        self.state = self.state._replace(params=params)
 
     def save(self, step: int) -> Saved:
         """Begins a save, whose commit follows in the background, or says what is in the way of one."""

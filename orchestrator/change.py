@@ -37,7 +37,7 @@ def kind_of(key: str) -> Kind:
         return Kind.RESHARDING
     if section == "data" or key in ("train.seed", "train.batch"):
         return Kind.DATA
-    if section == "optim" or key in ("train.dtype", "train.accumulation"):
+    if section in ("optim", "guard") or key in ("train.dtype", "train.accumulation"):
         return Kind.TRAINING
     return Kind.SAFE
 

@@ -14,6 +14,7 @@ from gemma.config import (
     ConfigError,
     Data,
     Eval,
+    Guard,
     Mesh,
     Model,
     Optim,
@@ -25,6 +26,7 @@ from gemma.config import (
     require,
     require_at_least,
 )
+from orchestrator.faults import Chaos
 from orchestrator.topology import Slice, slice_type
 
 
@@ -128,11 +130,13 @@ class Config:
     eval: Eval
     checkpoint: Checkpoint
     profile: Profile
+    guard: Guard
     cluster: Cluster
     wandb: Wandb
     retry: Retry
     timeout: Timeout
     plan: Planning
+    chaos: Chaos
     resume: Resume
 
     @property
@@ -159,6 +163,7 @@ class Config:
             self.eval,
             self.checkpoint,
             self.profile,
+            self.guard,
         )
 
 
@@ -204,7 +209,7 @@ def describe(kind: Any) -> str:
         parts = kind.__args__
         names = [repr(p) if isinstance(p, str) else describe(p) for p in parts if p is not ...]
         if getattr(kind, "__origin__", None) is tuple:
-            return "a list of whole numbers"
+            return "a list of texts" if parts[0] is str else "a list of whole numbers"
         return "one of " + ", ".join(names) if isinstance(parts[0], str) else " or ".join(names)
     return {
         int: "a whole number",

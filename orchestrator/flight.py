@@ -8,12 +8,13 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from gemma.reports import Opened, Ran, Saved
+from gemma.reports import Bad, Opened, Ran, Saved
 from orchestrator import group as hosts
 from orchestrator import memory, rundir, saves
 from orchestrator.config import Config
 from orchestrator.group import Call, Group
 from orchestrator.memory import Attaching
+from orchestrator.outcome import Evidence
 from orchestrator.report import Report
 from orchestrator.saves import Saves
 from orchestrator.window import deadline_s, due, snapshot_every, window_end
@@ -41,7 +42,10 @@ class Flight:
     step: int  # sent so far
     saves: Saves
     sent: deque[Sent] = field(default_factory=deque)
-    notice: str | None = None  # a host is about to be taken away
+    saving: bool = False  # a save was just sent
+    halted: bool = False  # the hosts must be brought back to an earlier step
+    bad: Bad | None = None  # the first of the bad steps that halted them
+    notice: Evidence | None = None  # a host is about to be taken away
     step_s: float | None = None  # a step's usual seconds
     longest_s: float | None = None
     pack_s: float = 0.0  # that the devices take for a snapshot
@@ -87,12 +91,15 @@ def send_due(flight: Flight) -> None:
 
 def send_save(flight: Flight) -> None:
     send(flight, "save", flight.config.timeout.save_s, flight.step)
+    flight.saving = True
     saves.sent(flight.saves, flight.step)
 
 
 def send_keep(flight: Flight, attaching: Attaching, opened: Sequence[Opened]) -> None:
     """From here on the hosts take snapshots; not if a keeper has died since, which the next attempt replaces."""
     timeout, group = flight.config.timeout, flight.group
+    if flight.config.checkpoint.snapshot == "off":
+        return
     slices = [spot.slice_name for spot in group.placement.spots]
     try:
         arguments = memory.keep_arguments(attaching, [one.share_key for one in opened], slices, flight.report.attempt)
@@ -118,7 +125,10 @@ def take(flight: Flight) -> None:
     """Waits for the oldest verb in flight and writes down what came. Raises HostsFailedError."""
     sent, report = flight.sent.popleft(), flight.report
     answers = hosts.collect(sent.call)
-    flight.notice = next((answer.notice for answer in answers if answer.notice), flight.notice)
+    if flight.halted:
+        return  # sent before that was known: of no worth
+    told = [Evidence(rank, notice=a.notice, time=time.time()) for rank, a in enumerate(answers) if a.notice]
+    flight.notice = flight.notice or next(iter(told), None)
     result = answers[0].value
     waiting = [other.step for other in (sent, *flight.sent) if other.verb == "save"]
     saves.heard(flight.saves, report, [answer.trouble for answer in answers], waiting)
@@ -137,6 +147,14 @@ def take(flight: Flight) -> None:
 
 def take_window(flight: Flight, ran: Ran) -> None:
     flight.report.rows(ran.rows)
+    for bad in ran.bad:
+        flight.report.bad(bad)
+        flight.bad = bad if flight.bad is None else flight.bad
+    flight.halted = ran.halted
+    if not ran.halted:
+        flight.bad = None
+    if not ran.rows:
+        return
     times = sorted(row.step_s for row in ran.rows)
     flight.step_s = times[len(times) // 2]
     flight.longest_s = max(times[-1], flight.longest_s or 0.0)

@@ -6,6 +6,7 @@ nothing is left of it once this process ends; it ends by itself when nobody has 
 
 import contextlib
 import os
+import resource
 import secrets
 import select
 import signal
@@ -141,6 +142,26 @@ class Keeper:
                 found.append(f"{state} {waits_in} {name}")
         return "\n".join(found)
 
+    def freeze(self, pid: int, seconds: float) -> None:
+        """A process stands still for a while. For rehearsals, as are the next two."""
+        self.signal(pid, signal.SIGSTOP)
+        threading.Timer(seconds, self.signal, (pid, signal.SIGCONT)).start()
+
+    def fill(self, pid: int, seconds: float) -> None:
+        """To a process the disk is full for a while: no file of its grows."""
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        threading.Timer(seconds, resource.prlimit, (pid, resource.RLIMIT_FSIZE, unlimited)).start()
+
+    def end_host(self, pid: int) -> None:
+        """All of Ray on this host ends at once, this keeper last."""
+        parent = os.getppid()
+        others = [found for found in children(parent) if found != os.getpid()]
+        for found in {pid, parent, *others}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(found, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def serve(self) -> None:
         while True:
             connection, _ = self.listener.accept()
@@ -192,6 +213,15 @@ class Keeper:
                 newest, self.used = at, time.monotonic()
             if time.monotonic() - self.used > idle_s:
                 os._exit(0)
+
+
+def children(parent: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(stat.parent.name))
+    return found
 
 
 def whole(memory: Memory) -> tuple[tuple[int, int], ...]:

@@ -65,15 +65,17 @@ def inventory(keepers: Mapping[str, Any], timeout_s: float) -> dict[str, Held]:
 
 
 def newest_common(
-    keys: Sequence[str], nodes: Sequence[str], held: Mapping[str, Held], branches: Mapping[int, int]
+    keys: Sequence[str], nodes: Sequence[str], held: Mapping[str, Held], branches: Mapping[int, int], limit: int = 2**62
 ) -> Common | None:
-    """The newest step of which every rank's share lies in some memory; each rank reads its own where it can. Pure.
+    """The newest step up to `limit` of which every rank's share lies in some memory. Pure.
+
+    Each rank reads its own host's memory where that has it.
 
     keys, nodes: of each rank. branches: for an attempt, the step up to which later ones have kept its history.
     """
     whole = [{at for memory in held.values() for at in memory.steps.get(key, ())} for key in keys]
     common = set.intersection(*whole) if whole else set()
-    valid = [(step, attempt) for step, attempt in common if step <= branches.get(attempt, step)]
+    valid = [(step, attempt) for step, attempt in common if step <= min(limit, branches.get(attempt, step))]
     if not valid:
         return None
     best = max(valid)

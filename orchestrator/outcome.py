@@ -37,6 +37,7 @@ class Outcome(Enum):
     BAD_INPUT = "bad input"  # the user's mistake, seen on a host
     CHECKPOINT = "checkpoint unreadable"
     SNAPSHOT = "snapshot gone"  # a second host died while the state was being read from its memory
+    DIVERGED = "diverged"  # updates that are not finite or spike, more than the guard allows
     ERROR = "error"  # an exception in the program
 
 
@@ -46,6 +47,7 @@ NAMED = {
     "ConfigError": Outcome.BAD_INPUT,
     "CheckpointError": Outcome.CHECKPOINT,
     "SnapshotError": Outcome.SNAPSHOT,
+    "Diverged": Outcome.DIVERGED,
 }
 
 

@@ -1,6 +1,7 @@
 """From a failure to hosts that stand ready again: what it was, and where to go on from."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import ray
 from gemma.config import ConfigError
 from gemma.reports import Opened, Restored
 from gemma.wire import Source
+from orchestrator import chaos, faults, memory, placement, rundir, sites, witness
 from orchestrator import group as hosts
-from orchestrator import memory, placement, rundir, sites, witness
 from orchestrator.config import Config
 from orchestrator.group import Group, HostsFailedError
 from orchestrator.interrupt import Interrupt
@@ -29,7 +30,10 @@ def start(
 ) -> list[Opened]:
     """Brings the hosts to the newest step that all can go on from: in memory, else on disk, else the beginning."""
     report.phase("start", "loading data and compiling")
-    opened: list[Opened] = hosts.collect(hosts.open_trainers(group, config, folder), interrupt.asked)
+    planned = faults.plan(config.chaos, config.train.steps, len(group.workers))
+    call = hosts.open_trainers(group, config, folder)
+    chaos.strike(planned, "compile", group, site, report)
+    opened: list[Opened] = hosts.collect(call, interrupt.asked)
     saved = newest_checkpoint(folder)
     held = memory.inventory(site.keepers, ASK_S)
     site.keys = [one.share_key for one in opened]
@@ -41,8 +45,9 @@ def start(
     report.phase("start", where)
     go_back(site, step or 0, config.timeout.start_s)
     sources = [None] * len(opened) if common is None else sources_of(common, held, group, opened)
-    arguments = [(step, source) for source in sources]
+    arguments = [(step, source, rundir.skipped_batches(folder)) for source in sources]
     call = hosts.call_each(group, config.timeout.restore_s, "restore", arguments)
+    chaos.strike(planned, "restore", group, site, report)
     restored: list[Restored] = [told.value for told in hosts.collect(call, interrupt.asked)]
     same_text(folder, {answer.fingerprint for answer in restored}, config.resume.allow_data_change)
     report.phase("step", "training")
@@ -58,7 +63,7 @@ def recall(held: dict[str, Held], group: Group, opened: list[Opened], folder: Pa
     return common if common is not None and common.step >= saved else None
 
 
-def sources_of(common: Common, held: dict[str, Held], group: Group, opened: list[Opened]) -> list[Source | None]:
+def sources_of(common: Common, held: dict[str, Held], group: Group, opened: Sequence[Opened]) -> list[Source | None]:
     """Where each rank reads its share: a path on its own host, an address elsewhere."""
     found: list[Source | None] = []
     for node, spot, one in zip(common.nodes, group.placement.spots, opened, strict=True):
@@ -128,17 +133,13 @@ def understand(folder: Path, failed: HostsFailedError, group: Group, site: Site,
     return Failure(outcome, signature, done, max(restorable, default=None), others)
 
 
-def moved(reason: str, group: Group, site: Site, report: Report) -> Failure:
-    """The run was told to move on, and has saved. Its next hosts are others where these will be taken away."""
-    going = placement.draining()
-    for spot in group.placement.spots:
-        if spot.node_id in going:
-            site.notices[spot.node_id] = reason
-    if site.placement is not None and reason == sites.BACK:
+def moved(cause: Evidence, site: Site, report: Report) -> Failure:
+    """The run was told to move on, and has saved."""
+    if site.placement is not None and cause.notice == sites.BACK:
         placement.release(site.placement)
         site.placement = None
-    outcome = Outcome.REGROWN if reason == sites.BACK else Outcome.PREEMPTED
-    report.failed(outcome.value, Evidence(0, notice=reason, time=time.time()), report.newest, None)
+    outcome = Outcome.REGROWN if cause.notice == sites.BACK else Outcome.PREEMPTED
+    report.failed(outcome.value, cause, report.newest, None)
     return Failure(outcome, outcome.value, report.newest, report.newest)
 
 

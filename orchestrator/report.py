@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma import v5p
-from gemma.reports import Evaluated, Restored, Row
+from gemma.reports import Bad, Evaluated, Restored, Row
 from orchestrator import rundir
 from orchestrator.config import Config
 from orchestrator.goodput import Ledger
@@ -61,6 +61,11 @@ class Report:
         self.goodput_written = 0.0
         self.unwritten: str | None = None  # the user knows why
         self.goodput_problem: str | None = None
+        self.began = 0.0  # time.time() of this attempt
+        self.newest_row: dict[str, Any] = {}
+        self.struck_at: set[tuple[int, bool]] = set()
+        self.struck = {e["index"] for e in told if e["event"] == "chaos"}  # faults on purpose, done already
+        self.bad_steps = [e["step"] for e in told if e["event"] == "bad_step"]
         self.last_row_time = 0.0  # time.time() at which the newest step was done
         self.story = ""  # of the newest failure, in full
         self.first_step_s: float | None = None  # from the command to the first step's loss
@@ -70,7 +75,7 @@ class Report:
 
     def begin_attempt(self) -> None:
         self.attempt += 1
-        self.step = 0
+        self.step, self.began = 0, time.time()
 
     def phase(self, bucket: str, shown: str) -> float:
         """The controller turns to something else; returns the seconds the last thing took."""
@@ -102,7 +107,7 @@ class Report:
     def failed(self, outcome: str, cause: Evidence, done: int, story: Path | None) -> None:
         """done: steps done by the hosts, told or not."""
         now = time.time()
-        detect_s = max(0.0, now - (cause.time or self.last_row_time or now))
+        detect_s = max(0.0, now - (cause.time or max(self.last_row_time, self.began)))
         said = seen(cause)
         self.ledger.move("step", "detect", detect_s)
         self.detected_at = time.monotonic()
@@ -180,12 +185,21 @@ class Report:
             self.write_row(row, self.attempt)
         self.write_goodput()
 
+    def bad(self, bad: Bad) -> None:
+        """A step whose update was not applied."""
+        row = self.newest_row
+        facts = {"loss": row["loss"], "grad_norm": row["grad_norm"]} if row.get("step") == bad.step else {}
+        self.bad_steps.append(bad.step)
+        self.event("bad_step", bad.step, batch=bad.batch, ids=list(bad.ids), **facts)
+        self.screen.say(f"step {bad.step}: its update is not finite, or spikes; not applied (batch {bad.batch})")
+
     def write_row(self, row: Row, attempt: int | None) -> None:
         last = self.incidents[-1] if self.incidents else None
         if last and last.catch_up_s is None and last.restart_s is not None and row.step > last.step:
             self.incidents[-1] = replace(last, catch_up_s=max(0.0, time.monotonic() - self.ready_at))
         self.step, self.newest, self.last_row_time = row.step, max(self.newest, row.step), row.time
         full = self.full_row(row) | {"attempt": attempt}
+        self.newest_row = full
         self.metrics_file.write(full)
         self.look_at_files()
         self.wandb.log(full)
@@ -208,6 +222,7 @@ class Report:
             "learning_rate": metrics["learning_rate"],
             "tokens": row.step * per_step,
             "targets": metrics["targets"],
+            "ok": metrics["ok"],
             "step_s": row.step_s,
             "time": row.time,
             "tokens_per_s": per_step / step_s,

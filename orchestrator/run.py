@@ -10,15 +10,16 @@ from typing import IO
 
 from gemma.config import ConfigError
 from gemma.reports import Opened
+from orchestrator import chaos, faults, recover, rewind, rundir, sites, slices
 from orchestrator import config as configs
 from orchestrator import flight as flights
 from orchestrator import group as hosts
-from orchestrator import recover, rundir, sites, slices
 from orchestrator.config import Config
 from orchestrator.exit import HOW, Exit
 from orchestrator.flight import Flight
 from orchestrator.group import Group, HostsFailedError
 from orchestrator.interrupt import Interrupt, StoppedError
+from orchestrator.outcome import Evidence
 from orchestrator.policy import Failure, GiveUp, decide
 from orchestrator.progress import summary
 from orchestrator.report import Report, resume_command
@@ -27,7 +28,6 @@ from orchestrator.sites import Site
 
 WINDOWS_IN_FLIGHT = 2
 LOOK_EVERY_S = 1.0  # at whether the hosts will stay
-FINISHED, STOPPED = "finish", "stop"  # why training ended, as the event says it
 
 
 def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, commanded: float) -> Exit:
@@ -82,14 +82,15 @@ def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) ->
                 spares = sites.take_spares(site)
                 group = hosts.spawn(now, placement, folder, report.attempt, site.predecessors, spares)
                 group = hosts.join(group, now, interrupt.asked)
+                sites.watch(site, group)
                 report.event("start", duration_s=time.monotonic() - started, pids=list(group.pids))
                 opened = recover.start(now, folder, group, site, report, interrupt, started)
                 left = train(now, group, opened, site, report, interrupt)
-                if left in (FINISHED, STOPPED):
-                    report.event(left)
+                if isinstance(left, Exit):
+                    report.event("finish" if left is Exit.FINISHED else "stop")
                     site.needed = False
-                    return Exit.FINISHED if left == FINISHED else Exit.STOPPED
-                history.append(recover.moved(left, group, site, report))
+                    return left
+                history.append(recover.moved(left, site, report))
                 report.decided(decide(history, config.retry.budget))
             except StoppedError as stopped:
                 report.event("stop", waiting_for=str(stopped))
@@ -108,21 +109,23 @@ def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) ->
                 return Exit.GAVE_UP
             finally:
                 if group:
-                    site.predecessors |= group.by_node
-                    hosts.stop(group.workers)
+                    sites.kill(site, group)
                 report.write_goodput(now=True)
 
 
-def train(config: Config, group: Group, opened: list[Opened], site: Site, report: Report, interrupt: Interrupt) -> str:
-    """Keeps two windows in flight until the last step. Returns FINISHED, STOPPED or why the run must move on; all is
-    saved then.
+def train(
+    config: Config, group: Group, opened: list[Opened], site: Site, report: Report, interrupt: Interrupt
+) -> Exit | Evidence:
+    """Keeps two windows in flight until the last step. All is saved when it returns: FINISHED, STOPPED, or what says
+    that the run must move on.
     """
     assert report.facts is not None
-    left, looked_at = None, time.monotonic()
+    left: Exit | Evidence | None = None
+    looked_at = time.monotonic()
+    planned = faults.plan(config.chaos, config.train.steps, len(group.workers))
     saves = Saves(max(rundir.committed(report.folder), default=0))
     flight = Flight(config, group, report, report.facts.step, saves)
-    snapshots = config.checkpoint.snapshot != "off"
-    attaching = sites.equip(site, config, group, opened) if snapshots and site.keepers else None
+    attaching = sites.equip(site, config, group, opened) if site.keepers else None
     flights.send_due(flight)
     while True:
         if attaching and attaching.ready():
@@ -130,18 +133,25 @@ def train(config: Config, group: Group, opened: list[Opened], site: Site, report
             attaching = None
         if time.monotonic() - looked_at > LOOK_EVERY_S:
             left, looked_at = sites.reason_to_leave(site), time.monotonic()
-        left = STOPPED if interrupt.asked() else flight.notice or left
-        if flights.windows(flight) < WINDOWS_IN_FLIGHT and flight.step < config.train.steps and not left:
+        left = Exit.STOPPED if interrupt.asked() else flight.notice or left
+        goes_on = flight.step < config.train.steps and not left and not flight.halted
+        if goes_on and flights.windows(flight) < WINDOWS_IN_FLIGHT:
             flights.send_window(flight)
+            if flight.saving:
+                chaos.strike(planned, "save", group, site, report)
+                flight.saving = False
             continue
         if not flight.sent:
             break
         flights.take(flight)
+        if flight.halted and not flight.sent:
+            rewind.rewind(flight, opened, site)
+        chaos.strike(planned, "step", group, site, report)
         # Not before the first steps are done: nobody waits for these processes to come up.
-        if flight.step_s and snapshots and not site.keepers:
+        if flight.step_s and not site.keepers:
             attaching = sites.equip(site, config, group, opened)
         if flight.step_s and not attaching:
             sites.put_by(site)
     report.phase("save", f"saving step {flight.step}")
-    flights.save_last(flight, patient=left in (None, STOPPED) or flight.step == config.train.steps)
-    return FINISHED if flight.step == config.train.steps else left or STOPPED
+    flights.save_last(flight, patient=left in (None, Exit.STOPPED) or flight.step == config.train.steps)
+    return Exit.FINISHED if flight.step == config.train.steps else left or Exit.STOPPED

@@ -239,3 +239,8 @@ def is_locked(folder: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+def skipped_batches(folder: Path) -> tuple[int, ...]:
+    """Indices of the batches that are never used, ascending."""
+    return tuple(sorted({event["batch"] for event in events(folder) if event["event"] == "skip_batch"}))

@@ -74,3 +74,9 @@ def fail(saves: Saves, report: Report, step: int, problem: str, on_the_way: Sequ
             f"WARNING: saving failed{times}, at step {step}: {problem}; {kept}, {saves.meanwhile},"
             f" the next try is in {wait_s:.0f} s"
         )
+
+
+def went_back(saves: Saves, report: Report, step: int) -> None:
+    """The hosts stand at an earlier step, and write nothing: only what is on disk counts."""
+    saves.uncommitted.clear()
+    saves.newest = max([saved for saved in rundir.committed(report.folder) if saved <= step], default=0)

@@ -1,5 +1,6 @@
 """What a run has on its hosts beyond one attempt: their places, the memory of snapshots, processes in reserve."""
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from orchestrator.config import Config, with_slices
 from orchestrator.group import Group
 from orchestrator.interrupt import StoppedError
 from orchestrator.memory import Attaching
+from orchestrator.outcome import Evidence
 from orchestrator.placement import Placement
 
 BACK = "a lost slice is back"
@@ -93,19 +95,19 @@ def can_shrink(config: Config, count: int) -> bool:
     return True
 
 
-def reason_to_leave(site: Site) -> str | None:
+def reason_to_leave(site: Site) -> Evidence | None:
     """Why the run should move on at the next step boundary: a host is drained, or a lost slice is back."""
     assert site.placement is not None
     wanted = site.config.cluster.num_slices
     going = placement.draining()
-    for spot in site.placement.spots:
+    for rank, spot in enumerate(site.placement.spots):
         if spot.node_id in going:
-            return f"host {spot.ip} is being drained"
+            return Evidence(rank, notice=f"host {spot.ip} is being drained", time=time.time())
     if site.placement.slices < wanted:
         site.repair()
         _, free = placement.look(site.config, site.notices)
         if len(free) + site.placement.slices >= wanted:
-            return BACK
+            return Evidence(0, notice=BACK, time=time.time())
     return None
 
 
@@ -113,6 +115,22 @@ def take_spares(site: Site) -> dict[str, Any]:
     """They are at work from now on."""
     taken, site.spares = hosts.living(site.spares), {}
     return taken
+
+
+def watch(site: Site, group: Group) -> None:
+    """Hosts that have a keeper note when their process ends."""
+    for node, pid in group.by_node.items():
+        if node in site.keepers:
+            site.keepers[node].watch.remote(pid)
+
+
+def kill(site: Site, group: Group) -> None:
+    """Ends the processes of an attempt: by their hosts' keepers at once, even a stopped one, and by Ray."""
+    site.predecessors |= group.by_node
+    for node, pid in group.by_node.items():
+        if node in site.keepers:
+            site.keepers[node].signal.remote(pid, signal.SIGKILL)
+    hosts.stop(group.workers)
 
 
 def put_by(site: Site) -> None:
@@ -141,8 +159,7 @@ def opened(config: Config, folder: Path, repair: Callable[[], None]) -> Iterator
     controller which resumes the run will want.
     """
     site = Site(config, memory.namespace(folder.name, rundir.read_manifest(folder).created), repair=repair)
-    if config.checkpoint.snapshot != "off":
-        site.keepers = memory.find(site.space)
+    site.keepers = memory.find(site.space)
     try:
         yield site
     finally:

@@ -105,6 +105,7 @@ class Host:
             if os.environ.get("JAX_PLATFORMS") == "cpu":
                 jax.config.update("jax_cpu_collectives_implementation", "gloo")
             jax.distributed.initialize(coordinator, hosts, rank, initialization_timeout=int(timeout_s))
+            signal.signal(signal.SIGTERM, self.noticed)  # JAX has put its own in place
 
         return told(connect)
 

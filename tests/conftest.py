@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gemma import tokens
-from gemma.config import Checkpoint, Data, Eval, Mesh, Model, Optim, Profile, Program, Train
+from gemma.config import Checkpoint, Data, Eval, Guard, Mesh, Model, Optim, Profile, Program, Train
 from tests.small_text import TEXTS, VOCAB, config, write_jsonl
 
 # Before anything imports jax. The hosts of a simulated slice set their own. Unoptimised code compiles twice as fast.
@@ -71,6 +71,7 @@ def program() -> Program:
             memory_idle_s=60.0,
         ),
         profile=Profile(steps=()),
+        guard=Guard(action="skip", spike_sigmas=0.0, warmup=100, rollback_steps=1, budget=10),
     )
 
 

@@ -61,6 +61,21 @@ def test_rows_are_windows_that_overlap_by_one_token() -> None:
         assert row_U[0] % SEQUENCE == 0
 
 
+@pytest.mark.parametrize("index", [0, 4, 5, 70])  # 31 batches are an epoch
+def test_the_ids_of_a_batch_name_the_rows_it_holds(index: int) -> None:
+    dataset = numbered(4001)
+    starts_B = dataset.train_rows(index, 0, BATCH)[:, 0]  # every token is its own place
+    assert data.batch_ids(dataset, index) == [start // SEQUENCE for start in starts_B]
+
+
+def test_a_skipped_batch_is_never_used_and_every_other_one_once_in_order() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        skipped = np.flatnonzero(rng.random(40) < rng.random()).tolist()
+        used = [data.batch_index(step, skipped) for step in range(60)]
+        assert used == [index for index in range(100) if index not in skipped][:60]
+
+
 @pytest.mark.parametrize("length, rows", [(SEQUENCE * 9, 8), (SEQUENCE * 9 + 1, 9), (SEQUENCE * 10, 9)])
 def test_only_whole_rows_count(length: int, rows: int) -> None:
     assert len(data.Rows(np.arange(length), SEQUENCE)) == rows

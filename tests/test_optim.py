@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gemma import optim
+from gemma import guard, optim
 from gemma.config import Mesh, Optim, Program
 from gemma.model import Gemma
 from gemma.sharding import make_mesh
@@ -83,12 +83,14 @@ def one_update(program: Program, clip_norm: float | None) -> tuple[dict[str, Any
     place = NamedSharding(jax.make_mesh((1,), ("fsdp",), devices=jax.devices()[:1]), PartitionSpec())
     grads = {"weight": jnp.asarray([12.0, 0.0]), "norm": jnp.asarray([16.0])}
     params = jax.tree.map(jnp.zeros_like, grads)
-    state = TrainState(jnp.asarray(3, jnp.int32), params, optax.sgd(1.0).init(params))
+    tx = optax.chain(optax.sgd(1.0), optax.scale_by_schedule(optax.constant_schedule(1.0)))
+    made = optax.tree.set(tx.init(params), count=jnp.asarray(2, jnp.int32))  # of three steps one was not applied
+    state = TrainState(jnp.asarray(3, jnp.int32), params, made, guard.fresh())
     changed = replace(program, optim=replace(program.optim, clip_norm=clip_norm))
     after, metrics = update(
         changed,
         lambda params, tokens_BU: (jnp.asarray(10.0), jnp.asarray(4.0), grads),
-        optax.sgd(1.0),
+        tx,
         jax.tree.map(lambda _: place, grads),
         state,
         jnp.zeros((1, 2), jnp.int32),
@@ -108,6 +110,11 @@ def test_clipping_shortens_a_longer_gradient_and_keeps_its_direction(
 
 def test_metrics_are_means_over_targets_before_clipping(program: Program) -> None:
     _, metrics = one_update(program, 0.5)
-    rate = optim.schedule(program.optim, program.train.steps)(3)
-    want = {"loss": 2.5, "grad_norm": 5.0, "param_norm": 0.0, "learning_rate": float(rate), "targets": 4.0}
-    assert {name: float(value) for name, value in metrics.items()} == pytest.approx(want)
+    want = {"loss": 2.5, "grad_norm": 5.0, "param_norm": 0.0, "targets": 4.0, "ok": 1.0}
+    assert {name: float(metrics[name]) for name in want} == pytest.approx(want)
+
+
+def test_the_reported_rate_is_that_of_the_updates_made_not_of_the_steps(program: Program) -> None:
+    _, metrics = one_update(program, None)
+    schedule = optim.schedule(program.optim, program.train.steps)
+    assert float(metrics["learning_rate"]) == float(schedule(2)) != float(schedule(3))

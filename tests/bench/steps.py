@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from gemma.config import Checkpoint, Data, Eval, Mesh, Model, Optim, Profile, Program, Train
+from gemma.config import Checkpoint, Data, Eval, Guard, Mesh, Model, Optim, Profile, Program, Train
 from gemma.step import functions
 
 
@@ -32,8 +32,9 @@ def program(model: Model, *, batch: int, sequence: int, dtype: str, remat: str, 
         ),
         train=Train(100, None, batch, 0, dtype, 1, remat, loss_chunk, None),  # type: ignore
         eval=Eval(every=0, batches=1),
-        checkpoint=Checkpoint(every=0, every_minutes=0.0, keep_last=1, keep_every=0),
+        checkpoint=Checkpoint(0, 0.0, 1, 0, "off", 0.01, 60.0),
         profile=Profile(steps=()),
+        guard=Guard(action="skip", spike_sigmas=0.0, warmup=100, rollback_steps=1, budget=10),
     )
 
 

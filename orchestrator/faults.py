@@ -1,0 +1,63 @@
+"""Which faults a rehearsal holds, and when each strikes. Plain values: `chaos` does them."""
+
+import random
+from dataclasses import dataclass
+
+from gemma.config import ConfigError, require, require_at_least
+
+KINDS = (*("worker", "crash", "host", "controller", "preempt", "hang", "slow", "tear", "full_disk", "nan"),)
+PHASES = ("compile", "restore", "step", "save")
+
+
+@dataclass(frozen=True)
+class Chaos:
+    """Faults on purpose: listed ones, then `random` ones drawn by `seed` from kinds and phases."""
+
+    faults: tuple[str, ...]  # KIND@STEP[:PHASE][/RANK]
+    random: int
+    kinds: tuple[str, ...]
+    phases: tuple[str, ...]
+    seed: int
+
+    def __post_init__(self) -> None:
+        require_at_least("chaos", {"random": self.random}, 0)
+        for key, values, allowed in (("kinds", self.kinds, KINDS), ("phases", self.phases, PHASES)):
+            wrong = [value for value in values if value not in allowed]
+            require(not wrong and bool(values), f"chaos.{key}={list(values)}: must be among {', '.join(allowed)}")
+        for text in self.faults:
+            parse(0, text, 1)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault, at the first moment of its phase once `step` steps are done."""
+
+    index: int  # in the plan: each strikes once in a run's life
+    kind: str
+    step: int
+    phase: str
+    rank: int
+
+
+def plan(chaos: Chaos, steps: int, ranks: int) -> list[Fault]:
+    """What strikes when: what is listed, then what is drawn by the seed. Pure."""
+    found = [parse(index, text, ranks) for index, text in enumerate(chaos.faults)]
+    dice = random.Random(chaos.seed)
+    for _ in range(chaos.random):
+        kind, phase = dice.choice(chaos.kinds), dice.choice(chaos.phases)
+        found.append(Fault(len(found), kind, dice.randrange(1, max(2, steps)), phase, dice.randrange(ranks)))
+    return found
+
+
+def parse(index: int, text: str, ranks: int) -> Fault:
+    """KIND@STEP, KIND@STEP:PHASE, each with /RANK at the end if it is not to be 0. Raises ConfigError."""
+    kind, _, rest = text.partition("@")
+    when, _, rank = rest.partition("/")
+    step, _, phase = when.partition(":")
+    known = kind in KINDS and (phase or "step") in PHASES
+    if not known or not step.isdigit() or not (rank or "0").isdigit():
+        raise ConfigError(
+            f"chaos.faults={text}: must be KIND@STEP[:PHASE][/RANK]; kinds are {', '.join(KINDS)};"
+            f" phases are {', '.join(PHASES)}"
+        )
+    return Fault(index, kind, int(step), phase or "step", int(rank or 0) % ranks)
