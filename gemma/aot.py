@@ -37,8 +37,11 @@ def compiled(name: str, jitted: Any, args: tuple[Any, ...], facts: tuple[Any, ..
         except Exception as error:  # a torn file, another CPU: the compiler is the fallback
             print(f"compiled program {path} is unusable, compiling anew: {error!r}")
     program = jitted.lower(*args).compile()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".partial-{os.getpid()}")
-    partial.write_bytes(pickle.dumps(serialize_executable.serialize(program)))
-    partial.rename(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".partial-{os.getpid()}")
+        partial.write_bytes(pickle.dumps(serialize_executable.serialize(program)))
+        partial.rename(path)
+    except OSError as error:  # the next attempt compiles anew
+        print(f"compiled program {path} is not kept: {error!r}")
     return program, False

@@ -1,6 +1,7 @@
 """Checkpoints on disk by Orbax: asynchronous, atomic, committed or not there at all."""
 
 from pathlib import Path
+from typing import Any
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
@@ -8,13 +9,18 @@ from orbax.checkpoint import checkpoint_managers as policies
 from gemma.config import Checkpoint
 from gemma.step import TrainState
 
+COMMIT_S = 1800  # for a save to be whole on disk, once it is copied off the devices
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that should be there cannot be read."""
 
 
-def open_manager(folder: Path, config: Checkpoint) -> ocp.CheckpointManager:
-    """When to save is the controller's decision; what stays is `config`'s. Step N means N steps done."""
+def open_manager(folder: Path, config: Checkpoint, barrier: Any = None) -> ocp.CheckpointManager:
+    """When to save is the controller's decision; what stays is `config`'s. Step N means N steps done.
+
+    barrier: where hosts meet while they write (votes.py); None is Orbax's own.
+    """
     keep: list[policies.PreservationPolicy] = [policies.LatestN(config.keep_last)]
     if config.keep_every:
         keep.append(policies.EveryNSteps(config.keep_every))
@@ -22,6 +28,7 @@ def open_manager(folder: Path, config: Checkpoint) -> ocp.CheckpointManager:
         save_decision_policy=policies.FixedIntervalPolicy(1),
         preservation_policy=policies.AnyPreservationPolicy(keep),
         enable_async_checkpointing=True,
+        async_options=ocp.AsyncOptions(timeout_secs=COMMIT_S, barrier_sync_fn=barrier),
         cleanup_tmp_directories=True,
     )
     return ocp.CheckpointManager(folder, options=options)

@@ -59,6 +59,22 @@ class Ran:
 
 
 @dataclass(frozen=True)
+class Saved:
+    """A save has begun, or not."""
+
+    seconds: float  # training stood still
+    problem: str | None  # nothing is written: which host found what in the way
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A save that had begun has failed."""
+
+    step: int
+    problem: str
+
+
+@dataclass(frozen=True)
 class Opened:
     """A host's programs are ready; what its memory will have to hold."""
 

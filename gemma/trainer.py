@@ -5,6 +5,7 @@ bare machine too: `Trainer(program, folder, cache)` in one process is the whole 
 """
 
 import itertools
+import math
 import time
 from dataclasses import asdict
 from functools import partial
@@ -13,9 +14,9 @@ from typing import Any
 
 import jax
 
-from gemma import aot, checkpoint, data, flops, slots, snapshot, weights
+from gemma import aot, checkpoint, data, flops, saving, slots, snapshot, weights
 from gemma.config import Program
-from gemma.reports import Bad, Evaluated, Opened, Ran, Restored, Row
+from gemma.reports import Bad, Evaluated, Failed, Opened, Ran, Restored, Row, Saved
 from gemma.sharding import make_mesh
 from gemma.snapshot import Keeping
 from gemma.step import TrainState, functions
@@ -54,7 +55,7 @@ class Trainer:
         self.halted = False
         self.rows: list[Row] = []  # that the controller may not have been told of
         self.evals: list[Evaluated] = []
-        self.manager = checkpoint.open_manager(folder / "checkpoints", program.checkpoint)
+        self.saver = saving.open_saver(folder / "checkpoints", program.checkpoint, self.functions.state)
         self.state: TrainState | None = None
         self.ready = time.monotonic()  # since when the next step is being waited for
         self.tracing = False
@@ -95,11 +96,11 @@ class Trainer:
         self.skipped, self.bad, self.halted = skipped, [], False
         self.state = None  # gone before the new one comes: there is no room for two
         if again:
-            checkpoint.drop_after(self.manager, step or 0)
+            saving.drop_after(self.saver, step or 0)
         if step is None:
             self.state = self.initial()
         elif source is None:
-            self.state = checkpoint.restore(self.manager, step, self.functions.state)
+            self.state = checkpoint.restore(self.saver.manager, step, self.functions.state)
         else:
             self.state = self.recovered(step, source)
         jax.block_until_ready(self.state.step)
@@ -255,17 +256,21 @@ class Trainer:
         params = jax.tree.unflatten(tree, [leaves[0] * float("nan"), *leaves[1:]])
         self.state = self.state._replace(params=params)
 
-    def save(self, step: int) -> float:
-        """Seconds training stood still; the commit follows in the background."""
+    def save(self, step: int) -> Saved:
+        """Begins a save, whose commit follows in the background, or says what is in the way of one."""
         assert self.state is not None
         started = time.monotonic()
-        checkpoint.save(self.manager, step, self.state)
+        problem = saving.save(self.saver, step, self.state)
         self.ready = time.monotonic()
-        return self.ready - started
+        return Saved(self.ready - started, problem)
 
-    def wait(self) -> None:
-        """Returns once nothing is being written any more."""
+    def trouble(self) -> Failed | None:
+        """The save that was found to have failed since the last call, if any."""
+        return saving.poll(self.saver)
+
+    def wait(self, wait_s: float = math.inf) -> bool:
+        """Returns once nothing is being written any more; False where something still is after wait_s."""
         if self.tracing:  # stopped amid the steps to be traced
             jax.profiler.stop_trace()
             self.tracing = False
-        self.manager.wait_until_finished()
+        return saving.settle(self.saver, wait_s)

@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from gemma.config import ConfigError
 from launch.command import CONF, MISTAKES, checked, main, process_started, tell
 from orchestrator import config as configs
 from orchestrator import manifest, preflight, rundir
@@ -47,7 +48,11 @@ def train(composed: DictConfig, commanded: float) -> Exit:
     with Interrupt() as interrupt:
         folder = rundir.create(config.run.root, run_id)
         lock = rundir.lock(folder)
-        rundir.write_manifest(folder, manifest.new(config, list(HydraConfig.get().overrides.task)))
+        try:
+            rundir.write_manifest(folder, manifest.new(config, list(HydraConfig.get().overrides.task)))
+        except ConfigError:
+            shutil.rmtree(folder)  # nothing is in it
+            raise
 
         from orchestrator.run import run  # Ray: not before the input is known to be good
 

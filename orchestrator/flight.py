@@ -8,15 +8,19 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from gemma.reports import Bad, Opened, Ran
+from gemma.reports import Bad, Opened, Ran, Saved
 from orchestrator import group as hosts
-from orchestrator import memory, rundir
+from orchestrator import memory, rundir, saves
 from orchestrator.config import Config
 from orchestrator.group import Call, Group
 from orchestrator.memory import Attaching
 from orchestrator.outcome import Evidence
 from orchestrator.report import Report
+from orchestrator.saves import Saves
 from orchestrator.window import deadline_s, due, snapshot_every, window_end
+
+ANSWER_S = 60.0  # for a host to say that its save is not done in time
+LOOK_S = 0.5  # for a save that hosts call done to be seen here
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,8 @@ class Flight:
     group: Group
     report: Report
     step: int  # sent so far
-    saved: int  # newest step on disk or on its way there
-    saved_at: float = field(default_factory=time.monotonic)
+    saves: Saves
     sent: deque[Sent] = field(default_factory=deque)
-    uncommitted: set[int] = field(default_factory=set)  # saved, not yet seen whole on disk
     saving: bool = False  # a save was just sent
     halted: bool = False  # the hosts must be brought back to an earlier step
     bad: Bad | None = None  # the first of the bad steps that halted them
@@ -77,16 +79,20 @@ def send_due(flight: Flight) -> None:
         return
     if config.eval.every and due(step, config.train.steps, config.eval.every) and step > flight.report.evaluated_step:
         send(flight, "evaluate", timeout.compile_s + timeout.step_s, step)
-    minutes = (time.monotonic() - flight.saved_at) / 60
-    late = 0 < config.checkpoint.every <= step - flight.saved or 0 < config.checkpoint.every_minutes <= minutes
-    if step > flight.saved and (late or due(step, config.train.steps, config.checkpoint.every)):
+    now, begun = time.monotonic(), flight.saves
+    minutes = (now - begun.begun_at) / 60
+    late = 0 < config.checkpoint.every <= step - begun.newest or 0 < config.checkpoint.every_minutes <= minutes
+    wanted = late or due(step, config.train.steps, config.checkpoint.every)
+    if begun.failures:  # one try at a time
+        wanted = now >= begun.again_at and not begun.uncommitted and all(sent.verb != "save" for sent in flight.sent)
+    if step > begun.newest and wanted:
         send_save(flight)
 
 
 def send_save(flight: Flight) -> None:
     send(flight, "save", flight.config.timeout.save_s, flight.step)
     flight.saving = True
-    flight.saved, flight.saved_at = flight.step, time.monotonic()
+    saves.sent(flight.saves, flight.step)
 
 
 def send_keep(flight: Flight, attaching: Attaching, opened: Sequence[Opened]) -> None:
@@ -124,6 +130,8 @@ def take(flight: Flight) -> None:
     told = [Evidence(rank, notice=a.notice, time=time.time()) for rank, a in enumerate(answers) if a.notice]
     flight.notice = flight.notice or next(iter(told), None)
     result = answers[0].value
+    waiting = [other.step for other in (sent, *flight.sent) if other.verb == "save"]
+    saves.heard(flight.saves, report, [answer.trouble for answer in answers], waiting)
     if sent.verb == "run":
         take_window(flight, result)
     elif sent.verb == "evaluate":
@@ -131,10 +139,10 @@ def take(flight: Flight) -> None:
     elif sent.verb == "keep":
         flight.pack_s = result
         report.event("keep", sent.step, every=every(flight), pack_s=round(result, 6))
-    else:
-        report.saved(sent.step, result)
-        flight.uncommitted.add(sent.step)
-    announce(flight)
+    elif sent.verb == "save":
+        waiting = waiting[1:]
+        take_save(flight, sent.step, result, waiting)
+    saves.look(flight.saves, report, waiting, flight.config.timeout.save_s)
 
 
 def take_window(flight: Flight, ran: Ran) -> None:
@@ -154,10 +162,38 @@ def take_window(flight: Flight, ran: Ran) -> None:
         flight.wait_s = ran.wait_s / ran.snapshots
 
 
-def announce(flight: Flight) -> None:
-    """Only a commit is announced: a save that is whole on disk."""
-    if not flight.uncommitted:
-        return
-    for step in sorted(flight.uncommitted.intersection(rundir.committed(flight.report.folder))):
-        flight.report.event("commit", step)
-        flight.uncommitted.discard(step)
+def take_save(flight: Flight, step: int, saved: Saved, on_the_way: Sequence[int]) -> None:
+    """It has begun, or cannot be now."""
+    if saved.problem is None:
+        flight.report.saved(step, saved.seconds)
+        flight.saves.uncommitted[step] = time.monotonic()
+    else:
+        flight.report.ledger.move("step", "save", saved.seconds)
+        saves.fail(flight.saves, flight.report, step, saved.problem, on_the_way)
+
+
+def save_last(flight: Flight, patient: bool) -> None:
+    """Saves where the hosts stand, and waits until that is whole on disk.
+
+    A save that fails is tried again until timeout.save_s have passed; then raises TimeoutError. patient: else it is
+    tried once, for a run that goes on elsewhere, from memory or from an older step.
+    """
+    begun, save_s = flight.saves, flight.config.timeout.save_s
+    deadline = time.monotonic() + save_s
+    begun.meanwhile = f"tried for {save_s:g} s at most (timeout.save_s)"
+    while True:
+        if flight.step > begun.newest:
+            send_save(flight)
+            take(flight)
+        left_s = max(0.0, deadline - time.monotonic())
+        send(flight, "wait", left_s + ANSWER_S, left_s)
+        take(flight)
+        if (flight.step <= begun.newest and not begun.uncommitted) or not patient:
+            return
+        left_s = deadline - time.monotonic()
+        if left_s <= LOOK_S:
+            newest = max(rundir.committed(flight.report.folder), default=0)
+            kept = f"step {newest} is the newest on disk" if newest else "nothing is on disk"
+            why = begun.problem if begun.failures else "not whole on disk"
+            raise TimeoutError(f"step {flight.step} was not saved within timeout.save_s={save_s:g} ({why}); {kept}")
+        time.sleep(min(left_s / 2, max(LOOK_S, begun.again_at - time.monotonic())))  # the last tries need time too

@@ -126,7 +126,7 @@ def understand(folder: Path, failed: HostsFailedError, group: Group, site: Site,
     restorable = [*rundir.committed(folder), *([common.step] if common else [])]
     told = tell(evidence, kernel)
     path = folder / "logs" / f"attempt-{report.attempt}-failure.txt"
-    path.write_text(f"{outcome.value}: rank {cause.rank} at step {done}\n\n{told}")
+    rundir.try_text(path, f"{outcome.value}: rank {cause.rank} at step {done}\n\n{told}")
     report.failed(outcome.value, cause, done, path)
     frames = [line.strip() for line in cause.traceback.splitlines() if line.lstrip().startswith("File ")]
     signature = " | ".join([outcome.value, cause.exception or "", cause.crash[:80], *frames[-1:]])

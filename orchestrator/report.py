@@ -59,6 +59,8 @@ class Report:
         self.evaluated_step = max((e["step"] for e in told if e["event"] == "eval"), default=0)
         self.facts: Restored | None = None
         self.goodput_written = 0.0
+        self.unwritten: str | None = None  # the user knows why
+        self.goodput_problem: str | None = None
         self.began = 0.0  # time.time() of this attempt
         self.newest_row: dict[str, Any] = {}
         self.struck_at: set[tuple[int, bool]] = set()
@@ -88,6 +90,19 @@ class Report:
         if duration_s is not None:
             row["duration_s"] = round(duration_s, 4)
         self.events_file.write(row | evidence)
+        self.look_at_files()
+
+    def look_at_files(self) -> None:
+        """Tells the user once that the disk takes nothing, and once that it does again."""
+        problem = self.metrics_file.problem or self.events_file.problem or self.goodput_problem
+        if problem and not self.unwritten:
+            self.screen.say(
+                f"WARNING: {self.folder} cannot be written: {problem}; training goes on, lines of metrics and events"
+                f" are kept in memory, up to {rundir.KEPT_LINES:,}, and tried again"
+            )
+        elif self.unwritten and not problem:
+            self.screen.say(f"{self.folder} is written again")
+        self.unwritten = problem
 
     def failed(self, outcome: str, cause: Evidence, done: int, story: Path | None) -> None:
         """done: steps done by the hosts, told or not."""
@@ -112,7 +127,7 @@ class Report:
         self.screen.say(f"{outcome}: rank {cause.rank} at step {done}: {said[:200]}{where}")
         if outcome == "error" and cause.traceback:
             self.screen.say(cause.traceback.rstrip())
-        self.story = story.read_text() if story else ""
+        self.story = story.read_text() if story and story.exists() else ""
 
     def decided(self, decision: Restart | GiveUp) -> None:
         name = type(decision).__name__
@@ -124,7 +139,7 @@ class Report:
             return
         path = self.folder / "incident.txt"
         command = resume_command(self.config, self.folder)
-        path.write_text(page(self.folder.name, decision.reason, self.incidents, self.story, self.folder, command))
+        rundir.try_text(path, page(self.folder.name, decision.reason, self.incidents, self.story, self.folder, command))
         self.screen.say(f"gave up: {decision.reason} ({path})")
 
     def restarted(self, step: int, source: str) -> None:
@@ -186,6 +201,7 @@ class Report:
         full = self.full_row(row) | {"attempt": attempt}
         self.newest_row = full
         self.metrics_file.write(full)
+        self.look_at_files()
         self.wandb.log(full)
         self.screen.step(full)
 
@@ -232,7 +248,7 @@ class Report:
     def write_goodput(self, now: bool = False) -> dict[str, Any]:
         found = self.ledger.snapshot() | {"incidents": as_rows(self.incidents)}
         if now or time.monotonic() - self.goodput_written > GOODPUT_EVERY_S:
-            rundir.write_json(self.folder / "goodput.json", found)
+            self.write_ledger(found)
             self.goodput_written = time.monotonic()
             self.wandb.log({"step": self.newest, "goodput": found["goodput"], "restarts": found["restarts"]})
         return found
@@ -243,5 +259,17 @@ class Report:
         self.write_goodput(now=True)
         self.wandb.finish()
         found = self.ledger.snapshot() | {"incidents": as_rows(self.incidents)}
-        rundir.write_json(self.folder / "goodput.json", found)
+        self.write_ledger(found)
+        for file in (self.metrics_file, self.events_file):
+            file.flush()
+            if lost := len(file.waiting) + file.lost:
+                self.screen.say(f"WARNING: {lost} lines of {file.path} could not be written ({file.problem})")
         return found
+
+    def write_ledger(self, found: dict[str, Any]) -> None:
+        try:
+            rundir.write_json(self.folder / "goodput.json", found)
+            self.goodput_problem = None
+        except OSError as error:
+            self.goodput_problem = f"goodput.json: {error.strerror}"
+        self.look_at_files()

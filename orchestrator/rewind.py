@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from gemma.config import Guard
 from gemma.reports import Bad, Opened
 from orchestrator import group as hosts
-from orchestrator import memory, recover, rundir
+from orchestrator import memory, recover, rundir, saves
 from orchestrator.flight import Flight
 from orchestrator.group import HostsFailedError
 from orchestrator.outcome import Evidence
@@ -71,6 +71,6 @@ def rewind(flight: Flight, opened: Sequence[Opened], site: Site) -> None:
     hosts.collect(call)
     report.event("restore", step or 0, source="memory" if common else "disk" if step else "start")
     report.phase("step", "training")
-    flight.step, flight.saved = step or 0, min(flight.saved, step or 0)
+    flight.step = step or 0
+    saves.went_back(flight.saves, report, flight.step)
     flight.halted, flight.bad = False, None
-    flight.uncommitted.clear()

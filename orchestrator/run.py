@@ -1,5 +1,6 @@
 """The run, top to bottom: one process drives every host until the last step is done or given up."""
 
+import contextlib
 import os
 import shutil
 import time
@@ -22,6 +23,7 @@ from orchestrator.outcome import Evidence
 from orchestrator.policy import Failure, GiveUp, decide
 from orchestrator.progress import summary
 from orchestrator.report import Report, resume_command
+from orchestrator.saves import Saves
 from orchestrator.sites import Site
 
 WINDOWS_IN_FLIGHT = 2
@@ -49,14 +51,15 @@ def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, comma
         code = Exit.STOPPED
     except Exception:
         story = folder / "logs" / f"controller-{os.getpid()}-failure.txt"
-        story.write_text(traceback.format_exc())
+        rundir.try_text(story, traceback.format_exc())
         report.event("give_up", story=str(story))
         report.screen.say(f"the controller failed: {traceback.format_exc().splitlines()[-1]} ({story})")
         code = Exit.GAVE_UP
     interrupt.closing = True
     goodput = report.close()
     command = resume_command(config, folder, f" train.steps={2 * config.train.steps}" if code is Exit.FINISHED else "")
-    print(summary(folder, HOW[code], rundir.metrics(folder), goodput, report.first_step_s, command), flush=True)
+    with contextlib.suppress(OSError):  # a full disk, or nobody who reads
+        print(summary(folder, HOW[code], rundir.metrics(folder), goodput, report.first_step_s, command), flush=True)
     lock.close()
     return code
 
@@ -120,7 +123,8 @@ def train(
     left: Exit | Evidence | None = None
     looked_at = time.monotonic()
     planned = faults.plan(config.chaos, config.train.steps, len(group.workers))
-    flight = Flight(config, group, report, report.facts.step, max(rundir.committed(report.folder), default=0))
+    saves = Saves(max(rundir.committed(report.folder), default=0))
+    flight = Flight(config, group, report, report.facts.step, saves)
     attaching = sites.equip(site, config, group, opened) if site.keepers else None
     flights.send_due(flight)
     while True:
@@ -149,9 +153,5 @@ def train(
         if flight.step_s and not attaching:
             sites.put_by(site)
     report.phase("save", f"saving step {flight.step}")
-    if flight.step > flight.saved:
-        flights.send_save(flight)
-        flights.take(flight)
-    hosts.collect(hosts.call(group, config.timeout.save_s, "wait"))
-    flights.announce(flight)
+    flights.save_last(flight, patient=left in (None, Exit.STOPPED) or flight.step == config.train.steps)
     return Exit.FINISHED if flight.step == config.train.steps else left or Exit.STOPPED

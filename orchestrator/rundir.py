@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import IO, Any
 
 from gemma.config import ConfigError, naming
 
+KEPT_LINES = 100_000  # of a file that cannot be written: some 50 MB
 LOCK_TIMEOUT_S = 0.3  # a status command holds the lock for an instant while it looks
 
 
@@ -88,14 +90,33 @@ def runs(root: str) -> list[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all: written beside, then renamed."""
+    """Whole or not at all: written beside, then renamed. Raises OSError where the disk does not take it."""
     partial = path.with_suffix(f".partial-{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.rename(path)
+    text = json.dumps(value, indent=2) + "\n"
+    try:
+        partial.write_text(text)
+        partial.rename(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def try_text(path: Path, text: str) -> bool:
+    """Writes what a run can go on without; whether it could."""
+    with contextlib.suppress(OSError):
+        path.write_text(text)
+        return True
+    return False
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    write_json(folder / "manifest.json", asdict(manifest))
+    """Raises ConfigError where the disk does not take it: no run goes on without."""
+    path = folder / "manifest.json"
+    try:
+        write_json(path, asdict(manifest))
+    except OSError as error:
+        raise ConfigError(f"run={folder.name}: cannot write {path} ({error.strerror})") from error
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -109,15 +130,48 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 class Appender:
-    """A jsonl file that grows by whole lines, each handed to the system at once."""
+    """A jsonl file that grows by whole lines, each handed to the system at once.
+
+    Lines that the disk does not take are kept in memory, KEPT_LINES at most, and written before the next.
+    """
 
     def __init__(self, path: Path):
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
-        if self.file.tell() and not ends_line(path):
-            self.file.write("\n")  # what a killed writer left unfinished
+        self.path = path
+        self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self.waiting: deque[bytes] = deque()
+        self.lost = 0  # lines: the oldest give way once there are too many
+        self.problem: str | None = None  # why lines wait
+        if os.fstat(self.file).st_size and not ends_line(path):
+            self.waiting.append(b"\n")  # what a killed writer left unfinished
 
     def write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        self.waiting.append(json.dumps(row).encode() + b"\n")
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes what waits, as far as the disk takes it."""
+        try:
+            while self.waiting:
+                append_whole(self.file, self.waiting[0])
+                self.waiting.popleft()
+            self.problem = None
+        except OSError as error:
+            self.problem = f"{self.path.name}: {error.strerror}"
+            if len(self.waiting) > KEPT_LINES:
+                self.waiting.popleft()
+                self.lost += 1
+
+
+def append_whole(file: int, line: bytes) -> None:
+    """A line, or none of it. Raises OSError."""
+    size, left = os.fstat(file).st_size, line
+    try:
+        while left:
+            left = left[os.write(file, left) :]
+    except OSError:
+        if left != line:
+            os.ftruncate(file, size)
+        raise
 
 
 def ends_line(path: Path) -> bool:
@@ -168,9 +222,10 @@ def lock(folder: Path) -> IO[str]:
                 file.close()
                 raise ConfigError(f"run={folder.name}: is being driven by process {holder}; stop that first") from None
             time.sleep(0.02)
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
+    with contextlib.suppress(OSError):  # a full disk: held all the same
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
     return file
 
 

@@ -5,6 +5,7 @@ import math
 WINDOW_S = 1.0  # two windows are in flight: long enough to hide the controller, short enough to stop soon
 MOST_STEPS = 200
 STALL = 10  # of the longest step: that something may stand still without being a hang
+BACKOFF_S, LONGEST_BACKOFF_S = 5.0, 300.0  # after a save has failed
 SLOWDOWN = 3  # a window so many times slower than its longest steps is not a hang
 OVERLAPPED = 0.8  # of a step is still to be done when the step before it is seen done
 
@@ -28,6 +29,16 @@ def deadline_s(unknown_s: float, least_s: float, longest_s: float | None, steps:
     if longest_s is None:
         return unknown_s
     return max(least_s, STALL * longest_s) + SLOWDOWN * longest_s * steps
+
+
+def backoff_s(failures: int) -> float:
+    """How long after so many failed saves in a row the next is tried."""
+    return min(LONGEST_BACKOFF_S, BACKOFF_S * 2.0 ** min(failures - 1, 32))
+
+
+def warned(failures: int) -> bool:
+    """Whether the user is told of this one of many failures in a row: the first, and each time they have doubled."""
+    return failures & (failures - 1) == 0
 
 
 def due(step: int, end: int, every: int) -> bool:

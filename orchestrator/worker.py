@@ -4,8 +4,10 @@ It raises nothing to the controller: what a verb raised comes back as a `Raised`
 controller needs no class of the program's to read it.
 """
 
+import contextlib
 import faulthandler
 import glob
+import io
 import os
 import signal
 import socket
@@ -18,7 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from gemma.config import ConfigError, Program
-from gemma.reports import Opened
+from gemma.reports import Failed, Opened
 from orchestrator.topology import CHIPS_PER_HOST
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class Told:
 
     value: Any
     notice: str | None  # the machine is about to be taken away
+    trouble: Failed | None  # a save that was found to have failed
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,10 @@ class Host:
 
     def begin(self, log: str, env: dict[str, str], predecessors: list[int], timeout_s: float) -> Raised | None:
         """Takes part in an attempt. log: where this process writes; predecessors: pids that must be gone first."""
-        redirect(log)
-        faulthandler.enable(open(f"{log}.crash", "w"))  # noqa: SIM115 - as long as the process
-        faulthandler.register(signal.SIGUSR1, open(f"{log}.stacks", "w"), chain=False)  # noqa: SIM115
+        with contextlib.suppress(OSError):  # on a full disk the run goes on without these
+            redirect(log)
+            faulthandler.enable(open(f"{log}.crash", "w"))  # noqa: SIM115 - as long as the process
+            faulthandler.register(signal.SIGUSR1, open(f"{log}.stacks", "w"), chain=False)  # noqa: SIM115
         signal.signal(signal.SIGTERM, self.noticed)
         for name in [name for name in os.environ if name.startswith(STALE)]:
             del os.environ[name]
@@ -125,7 +129,8 @@ class Host:
             return result
         if self.rank > 0:
             result = replace(result, rows=(), evals=()) if verb == "restore" else None
-        return Told(result, self.notice)
+        assert self.trainer is not None
+        return Told(result, self.notice, self.trainer.trouble())
 
 
 def told(function: Any, *args: Any) -> Any:
@@ -145,6 +150,19 @@ def redirect(log: str) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        raw = io.BufferedWriter(Lossy(number, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(raw, errors="backslashreplace", line_buffering=True))
+
+
+class Lossy(io.FileIO):
+    """A log on a disk that may be full: what does not fit is lost, and who prints goes on."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(data)
 
 
 def wait_gone(pids: list[int], timeout_s: float) -> None:
