@@ -1,6 +1,9 @@
 """Eight CPU devices in one process, and a program small enough to compile in a second."""
 
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -79,3 +82,19 @@ def program() -> Program:
 def opened(tmp_path: Path) -> tokens.Tokens:
     """Each of 200 documents twice, the copies far apart."""
     return tokens.open_tokens(config(write_jsonl(tmp_path / "a.jsonl", TEXTS + TEXTS)), tmp_path / "cache", VOCAB)
+
+
+@pytest.fixture
+def existing_cluster() -> Iterator[str]:
+    """The address of a Ray cluster that somebody else has started."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.existing_cluster"],
+        cwd=Path(__file__).parents[1],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    yield process.stdout.readline().strip()
+    process.communicate(timeout=60)

@@ -2,15 +2,12 @@
 
 import json
 import math
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from orchestrator import rundir, wandb_spool
-from tests.runs import DEADLINE_S, SMALL, TOP, event_names, finish, goodput, launch, losses
+from tests.runs import DEADLINE_S, SMALL, event_names, finish, goodput, launch, losses
 
 STEPS = 40
 
@@ -100,22 +97,6 @@ def test_the_mesh_changes_no_loss(plain: Path, root: Path, overrides: list[str])
     seen, expected = losses(root / name), losses(plain)
     assert seen.keys() == expected.keys()
     assert max(abs(seen[step] - expected[step]) for step in seen) <= 1e-4
-
-
-@pytest.fixture
-def existing_cluster() -> Iterator[str]:
-    """The address of a Ray cluster that somebody else has started."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.existing_cluster"],
-        cwd=TOP,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdout is not None
-    yield process.stdout.readline().strip()
-    process.communicate(timeout=DEADLINE_S)
 
 
 def test_an_existing_ray_cluster_trains_the_same(plain: Path, root: Path, existing_cluster: str) -> None:
