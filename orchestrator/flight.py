@@ -180,6 +180,7 @@ def save_last(flight: Flight, patient: bool) -> None:
     """
     begun, save_s = flight.saves, flight.config.timeout.save_s
     deadline = time.monotonic() + save_s
+    begun.until = deadline
     begun.meanwhile = f"tried for {save_s:g} s at most (timeout.save_s)"
     while True:
         if flight.step > begun.newest:
@@ -196,4 +197,4 @@ def save_last(flight: Flight, patient: bool) -> None:
             kept = f"step {newest} is the newest on disk" if newest else "nothing is on disk"
             why = begun.problem if begun.failures else "not whole on disk"
             raise TimeoutError(f"step {flight.step} was not saved within timeout.save_s={save_s:g} ({why}); {kept}")
-        time.sleep(min(left_s / 2, max(LOOK_S, begun.again_at - time.monotonic())))  # the last tries need time too
+        time.sleep(min(left_s, max(LOOK_S, begun.again_at - time.monotonic())))

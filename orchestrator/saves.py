@@ -1,5 +1,6 @@
 """What is known of the saves of an attempt: on their way, whole on disk, failed and to be tried again."""
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ class Saves:
     uncommitted: dict[int, float] = field(default_factory=dict)  # begun, not seen whole on disk: since when
     failures: int = 0  # since the last commit
     problem: str = ""  # of the newest of them
+    until: float = math.inf  # time.monotonic() after which it is not tried any more
     meanwhile: str = "training goes on"
     again_at: float = 0.0  # not before this is a save tried after a failure
 
@@ -62,11 +64,12 @@ def fail(saves: Saves, report: Report, step: int, problem: str, on_the_way: Sequ
     saves.uncommitted.pop(step, None)
     saves.failures += 1
     saves.problem = problem
-    wait_s = backoff_s(saves.failures)
-    saves.again_at = time.monotonic() + wait_s
+    now = time.monotonic()
+    wait_s = min(backoff_s(saves.failures), max(0.0, saves.until - now) / 2)  # the last tries need time too
+    saves.again_at = now + wait_s
     committed = max(rundir.committed(report.folder), default=0)
     saves.newest = max([committed, *saves.uncommitted, *on_the_way])
-    report.event("save_failed", step, problem=problem, again_s=wait_s)
+    report.event("save_failed", step, problem=problem, again_s=round(wait_s, 1))
     if warned(saves.failures):
         times = f" {saves.failures} times" if saves.failures > 1 else ""
         kept = f"step {committed} is kept" if committed else "nothing is saved yet"

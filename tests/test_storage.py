@@ -18,7 +18,7 @@ import pytest
 from orchestrator import rundir
 from tests.runs import event_names, finish, launch, losses, wait_for, wait_for_step
 
-STEPS = 120
+STEPS = 200  # long enough for a save to be tried again
 OVERRIDES = (f"train.steps={STEPS}", "checkpoint.every=20", "eval.every=0", "optim.warmup_steps=5")
 SMALL_FILES = 20_000  # bytes: lets the probe through, and no part of a checkpoint
 
@@ -64,7 +64,7 @@ def troubled(root: Path) -> Troubled:
     limit(workers(folder), resource.RLIM_INFINITY)
     before = max(losses(folder))
     limit([process.pid], 100)
-    wait_for(lambda: rundir.committed(folder) > [before], "a checkpoint of steps that are not written down", process)
+    wait_for(lambda: rundir.committed(folder)[-1] > before, "a checkpoint of steps that are not written down", process)
     limit([process.pid], resource.RLIM_INFINITY)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, out + err
