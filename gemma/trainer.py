@@ -24,7 +24,7 @@ from gemma.tokens import open_tokens
 from gemma.wire import Address, Source
 
 IN_A_ROW = 3  # bad steps: then it is not the batch that is bad but the state
-PACKINGS = 5  # timed before snapshots begin: the shortest is what one costs
+PACKINGS = 10  # timed before snapshots begin: the shortest is what one costs
 
 
 class Trainer:

@@ -12,6 +12,7 @@ RETRIED = FREE | {
 }
 # Made by the program itself: where one comes back at the same step, it will come back for ever. What is done to a run
 # from outside, a kill or a lost machine, may strike twice at a step by chance.
+IN_FLIGHT = 1  # step: whether it was done when its successor failed is a matter of chance
 OWN = frozenset({Outcome.OUT_OF_MEMORY, Outcome.HOST_CRASHED, Outcome.HANG, Outcome.PEER_LOST})
 
 
@@ -51,7 +52,7 @@ def decide(history: Sequence[Failure], budget: int) -> Restart | GiveUp:
         return Restart(f"{name}; not counted as a failure")
     if len(counted) > 1 and last.outcome in OWN:
         before = counted[-2]
-        if (before.signature, before.step) == (last.signature, last.step):
+        if before.signature == last.signature and abs(before.step - last.step) <= IN_FLIGHT:
             return GiveUp(f"{name}: twice the same at step {last.step}")
     spent = sum(failure.committed == last.committed for failure in counted)
     if spent > budget:

@@ -129,7 +129,7 @@ def understand(folder: Path, failed: HostsFailedError, group: Group, site: Site,
     rundir.try_text(path, f"{outcome.value}: rank {cause.rank} at step {done}\n\n{told}")
     report.failed(outcome.value, cause, done, path)
     frames = [line.strip() for line in cause.traceback.splitlines() if line.lstrip().startswith("File ")]
-    signature = " | ".join([outcome.value, cause.exception or "", cause.crash[:80], *frames[-1:]])
+    signature = " | ".join([outcome.value, cause.exception or "", cause.crash.partition("\n")[0], *frames[-1:]])
     return Failure(outcome, signature, done, max(restorable, default=None), others)
 
 

@@ -116,8 +116,8 @@ TWO_SLICES = ["cluster.slice=v5p-8", "cluster.num_slices=2", "mesh=multislice"]
 
 
 def test_a_lost_slice_is_done_without_and_taken_up_again(root: Path) -> None:
-    finish(launch("train", f"run.root={root}", "run.id=two", *SMALL, *TWO_SLICES, "train.steps=150"), 0)
-    overrides = [*TWO_SLICES, "cluster.min_slices=1", "timeout.shrink_s=1", "cluster.repair_s=12", "train.steps=150"]
+    finish(launch("train", f"run.root={root}", "run.id=two", *SMALL, *TWO_SLICES, "train.steps=100"), 0)
+    overrides = [*TWO_SLICES, "cluster.min_slices=1", "timeout.shrink_s=1", "cluster.repair_s=8", "train.steps=100"]
     folder = struck(root, "host@15/1", *overrides)
     assert [found["outcome"] for found in incidents(folder)] == ["slice lost", "slice back"]
     slices = [event["slices"] for event in rundir.events(folder) if event["event"] == "reserve"]
@@ -195,7 +195,8 @@ def test_the_next_controller_takes_over_the_memory_of_a_cluster_that_lives(
     undisturbed: Path, root: Path, existing_cluster: str
 ) -> None:
     provider = ["cluster=ray", f"cluster.address={existing_cluster}", "train.dtype=float32"]
-    process = launch("train", f"run.root={root}", "run.id=taken-over", *SMALL, "checkpoint.every=0", *provider)
+    each_step = ["checkpoint.every=0", "checkpoint.snapshot=1"]
+    process = launch("train", f"run.root={root}", "run.id=taken-over", *SMALL, *provider, *each_step)
     folder = root / "taken-over"
     wait_for_step(process, folder, 20)
     process.send_signal(signal.SIGKILL)

@@ -107,7 +107,9 @@ OWN = [Outcome.HOST_CRASHED, Outcome.OUT_OF_MEMORY, Outcome.HANG, Outcome.PEER_L
 
 
 @pytest.mark.parametrize("outcome", OWN)
-@pytest.mark.parametrize(("signature", "step", "decision"), [("s", 7, GiveUp), ("s", 6, Restart), ("t", 7, Restart)])
+@pytest.mark.parametrize(
+    ("signature", "step", "decision"), [("s", 7, GiveUp), ("s", 6, GiveUp), ("s", 5, Restart), ("t", 7, Restart)]
+)
 def test_the_same_failure_twice_at_the_same_step_ends_the_run(
     outcome: Outcome, signature: str, step: int, decision: type
 ) -> None:

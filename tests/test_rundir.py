@@ -192,7 +192,7 @@ def fingerprinted(folder: Path, *prints: str) -> None:
 def test_a_run_goes_on_with_the_text_it_began_with(
     tmp_path: Path, before: list[str], now: set[str], allowed: bool, told: str | None
 ) -> None:
-    from orchestrator.run import same_text
+    from orchestrator.recover import same_text
 
     fingerprinted(tmp_path, *before)
     if told is None:
