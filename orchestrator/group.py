@@ -19,6 +19,7 @@ from orchestrator.worker import Hello, Host, Raised
 POLL_S = 0.05
 PING_S = 0.5  # for a spare process to show that it lives; one that is still importing is silent, and will do
 MEGASCALE_PORT = 8080
+GET_S = 10.0  # for an answer that is there to be read
 GRACE_S = 3.0  # after a failure, for the death that explains it to be seen
 
 
@@ -140,17 +141,20 @@ def call_each(group: Group, timeout_s: float, verb: str, arguments: Sequence[tup
 def collect(sent: Call, stop: Callable[[], bool] = lambda: False) -> list[Any]:
     """Every host's answer, in rank order. Raises HostsFailedError, and StoppedError once `stop` says so."""
     waiting = list(sent.refs)
+    found: dict[Any, Any] = {}
     deadline = time.monotonic() + sent.timeout_s
     while waiting:
         ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
-        if any(not isinstance(answer(ref), Answer) for ref in ready):
+        found |= answers(ready)
+        if any(not isinstance(found[ref], Answer) for ref in ready):
             raise HostsFailedError(gather_evidence(sent))
         if waiting and stop():
             raise StoppedError(sent.what)
         if waiting and time.monotonic() > deadline:
-            overdue = [Evidence(rank, overdue=sent.what) for rank, ref in enumerate(sent.refs) if ref in waiting]
+            late = set(waiting)
+            overdue = [Evidence(rank, overdue=sent.what) for rank, ref in enumerate(sent.refs) if ref in late]
             raise HostsFailedError(overdue)
-    return [answer(ref).value for ref in sent.refs]
+    return [found[ref].value for ref in sent.refs]
 
 
 @dataclass(frozen=True)
@@ -158,10 +162,19 @@ class Answer:
     value: Any
 
 
+def answers(refs: Sequence[Any]) -> dict[Any, Any]:
+    """Of refs that are ready. One call for all of them where none has failed: there may be thousands."""
+    try:
+        values = ray.get(list(refs), timeout=GET_S)
+    except RayError:
+        return {ref: answer(ref) for ref in refs}
+    return {ref: v if isinstance(v, Raised) else Answer(v) for ref, v in zip(refs, values, strict=True)}
+
+
 def answer(ref: Any) -> Any:
     """An Answer, a Raised, or the error Ray gives for a dead process."""
     try:
-        value = ray.get(ref, timeout=10)
+        value = ray.get(ref, timeout=GET_S)
     except RayError as error:
         return error
     return value if isinstance(value, Raised) else Answer(value)
@@ -172,7 +185,8 @@ def gather_evidence(sent: Call) -> list[Evidence]:
     deadline = time.monotonic() + GRACE_S
     while True:
         ready, waiting = ray.wait(list(sent.refs), num_returns=len(sent.refs), timeout=POLL_S)
-        failed = {rank: answer(ref) for rank, ref in enumerate(sent.refs) if ref in ready}
+        there = answers(ready)
+        failed = {rank: there[ref] for rank, ref in enumerate(sent.refs) if ref in there}
         failed = {rank: found for rank, found in failed.items() if not isinstance(found, Answer)}
         died = any(isinstance(found, RayError) for found in failed.values())
         if died or not waiting or time.monotonic() > deadline:

@@ -1,5 +1,6 @@
 """The hosts' memories as one thing: a keeper on every host, what they hold together, and what all can go back to."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,18 +74,19 @@ def newest_common(
 
     keys, nodes: of each rank. branches: for an attempt, the step up to which later ones have kept its history.
     """
-    whole = [{at for memory in held.values() for at in memory.steps.get(key, ())} for key in keys]
-    common = set.intersection(*whole) if whole else set()
+    where: dict[str, dict[tuple[int, int], list[str]]] = {key: {} for key in keys}
+    for node, memory in held.items():
+        for key in memory.steps.keys() & where.keys():
+            for at in memory.steps[key]:
+                where[key].setdefault(at, []).append(node)
+    common = set.intersection(*(set(there) for there in where.values())) if where else set()
     valid = [(step, attempt) for step, attempt in common if step <= min(limit, branches.get(attempt, step))]
     if not valid:
         return None
     best = max(valid)
-    order = [[node, *(other for other in held if other != node)] for node in nodes]
-    sources = [
-        next(node for node in nearest if node in held and best in held[node].steps.get(key, ()))
-        for key, nearest in zip(keys, order, strict=True)
-    ]
-    return Common(*best, tuple(sources))
+    there = {key: set(found[best]) for key, found in where.items()}
+    own = [node if node in there[key] else where[key][best][0] for key, node in zip(keys, nodes, strict=True)]
+    return Common(*best, tuple(own))
 
 
 def branches(events: Sequence[Mapping[str, Any]]) -> dict[int, int]:
@@ -98,21 +100,9 @@ def buddies(keys: Sequence[str], slices: Sequence[str]) -> list[int | None]:
 
     None where a host of another replica holds the same bytes anyway, or where there is no other host.
     """
-    ranks = range(len(keys))
-    found: list[int | None] = []
-    for rank in ranks:
-        others = [(rank + shift) % len(keys) for shift in range(1, len(keys))]
-        if any(keys[other] == keys[rank] for other in others):
-            found.append(None)
-            continue
-        elsewhere = [other for other in others if slices[other] != slices[rank]]
-        same_place = [other for other in elsewhere if ranks[other] % per_slice(slices) == rank % per_slice(slices)]
-        found.append(next(iter(same_place or elsewhere or others), None))
-    return found
-
-
-def per_slice(slices: Sequence[str]) -> int:
-    return len(slices) // len(set(slices))
+    count, holders = len(keys), Counter(keys)
+    shift = count // len(set(slices)) if len(set(slices)) > 1 else 1  # its like in the next slice, or its neighbour
+    return [None if holders[key] > 1 or count == 1 else (rank + shift) % count for rank, key in enumerate(keys)]
 
 
 @dataclass

@@ -209,7 +209,7 @@ def test_a_run_goes_on_with_the_text_it_began_with(
 def test_no_step_is_left_without_its_line_where_a_checkpoint_is_ahead_of_the_controller(
     tmp_path: Path, committed: list[int], reported: int, step: int | None
 ) -> None:
-    from orchestrator.run import newest_checkpoint
+    from orchestrator.recover import newest_checkpoint
 
     for done in committed:
         (tmp_path / "checkpoints" / str(done)).mkdir(parents=True)
