@@ -38,7 +38,14 @@ def test_a_search_keeps_what_was_given() -> None:
 def test_a_search_without_limits_tries_meshes_and_batches() -> None:
     found = list(search.candidates(composed(["model=gemma2_27b", "cluster.slice=v5p-1024", "plan.search=true"]), set()))
     assert {c.program.mesh.tensor for c in found} == {1, 2, 4, 8, 16}
-    assert {c.train.batch // c.program.mesh.batch_shards for c in found} == set(search.BATCH_A_CHIP)
+    assert {c.train.batch // c.program.mesh.batch_shards for c in found} == {2**n for n in range(10)}  # of 128 tokens
+
+
+@pytest.mark.parametrize(("sequence", "most"), [(128, 512), (8192, 8), (100, 512), (32768, 8)])
+def test_rows_of_a_chip_are_more_where_they_are_short(sequence: int, most: int) -> None:
+    rows = search.rows_a_chip(sequence)
+    assert (rows[0], rows[-1]) == (1, most)
+    assert rows == sorted(set(rows))
 
 
 def test_across_slices_only_replicas() -> None:
