@@ -104,6 +104,15 @@ def test_a_run_that_does_not_fit_is_refused_and_the_nearest_mesh_named(monkeypat
     assert "plan.skip=true" in text
 
 
+def test_where_no_mesh_of_the_slice_fits_the_way_to_a_larger_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Config] = []
+    monkeypatch.setattr(ahead, "ask", fits_from(64, asked))
+    overrides = ["model=gemma2_27b", "cluster=ray", "cluster.address=x:1", "cluster.slice=v5p-8", "train.batch=4"]
+    with pytest.raises(preflight.ConfigError, match=r"fits: none on a v5p-8; .* plan.smallest=true"):
+        preflight.check_fits(composed([*overrides, "data.sequence=8192"]))
+    assert len(asked) == 1  # 435 GB of state over four chips: no other mesh is worth the compiler's time
+
+
 def test_arithmetic_knows_more_memory_and_more_work() -> None:
     program = composed(LARGE).program
 
