@@ -19,11 +19,16 @@ def keys_seen(sequence: int, window: int | None) -> int:
     return w * (w + 1) // 2 + (sequence - w) * w
 
 
-def block_pairs(sequence: int, side: int, window: int | None) -> int:
-    """(query, key) pairs in the blocks that a flash kernel visits: all those with a pair that the mask leaves."""
-    blocks = -(-sequence // side)
-    behind = blocks if window is None else -(-(window - 1) // side)  # blocks before a query's own that it may reach
-    return side * side * sum(min(at, behind) + 1 for at in range(blocks))
+def block_pairs(sequence: int, queries: int, keys: int, window: int | None) -> int:
+    """(query, key) pairs in the blocks of queries x keys that a flash kernel visits: all those with a pair that the
+    mask leaves.
+    """
+    w = sequence if window is None else window
+    visited = 0
+    for first_query in range(0, sequence, queries):
+        last_query = first_query + queries - 1
+        visited += sum(k <= last_query and first_query - (k + keys - 1) < w for k in range(0, sequence, keys))
+    return queries * keys * visited
 
 
 def step_flops(model: Model, batch: int, sequence: int) -> int:

@@ -141,15 +141,16 @@ def kernel_flops(i: Instruction) -> float:
     named = re.search(r"splash_mha_(fwd|dkv)", i.name)
     if i.opcode != "custom-call" or not named:
         return 0.0
-    side = re.search(r'block_q(?:_dkv)?\\*": (\d+)', i.attributes)
+    sides = [re.search(rf'block_{of}(?:_dkv)?\\*": (\d+)', i.attributes) for of in ("q", "kv")]
     window = re.search(r"window_(\d+|None)/", i.attributes)
-    if not side or not window:
+    queries, keys = (int(side.group(1)) if side else 0 for side in sides)
+    if not queries or not keys or not window:
         raise HloError(f"{i.name}: an attention kernel without its blocks or its window")
     taken = arrays(str(i.attribute("operand_layout_constraints")))
     *heads, T, H = next(a.shape for a in taken if a.dtype in ("bf16", "f32") and len(a.shape) > 2)  # q
     seen = None if window.group(1) == "None" else int(window.group(1))
     products = 2 if named.group(1) == "fwd" else 5  # backward: logits again, and for dv, dp, dk, dq
-    return 2.0 * products * prod(heads) * H * flops.block_pairs(T, int(side.group(1)), seen)
+    return 2.0 * products * prod(heads) * H * flops.block_pairs(T, queries, keys, seen)
 
 
 def traffic(module: Module, where: Computation, i: Instruction) -> float:

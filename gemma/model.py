@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from gemma.attention import attend, rope, soft_cap
 from gemma.blocked import SAVED
@@ -86,6 +87,13 @@ def geglu_backward(residuals: tuple[jax.Array, jax.Array], dh_BTF: jax.Array) ->
 geglu.defvjp(geglu_forward, geglu_backward)
 
 
+def width_contiguous(x_BTD: jax.Array) -> jax.Array:
+    """x, a token's numbers side by side in memory. Left to itself the TPU compiler lays the forward pass out by time,
+    as the logits' product likes it, and the backward pass by width: all that is kept between them is copied.
+    """
+    return with_layout_constraint(x_BTD, Layout((0, 1, 2)))
+
+
 class Block(nnx.Module):
     """One transformer block, for all P pairs at once; `__call__` expects the weights of a single pair.
 
@@ -145,6 +153,7 @@ class Pair(nnx.Module):
     """A local block, then a global one."""
 
     def __init__(self, config: Model, *, platform: str, rngs: nnx.Rngs):
+        self.platform = platform
         self.local_block = Block(config, local=True, platform=platform, rngs=rngs)
         self.global_block = Block(config, local=False, platform=platform, rngs=rngs)
 
@@ -194,6 +203,8 @@ class Gemma(nnx.Module):
         graph, weights = nnx.split(self.pairs)
 
         def body(x_BTD: jax.Array, pair: nnx.State) -> tuple[jax.Array, None]:
+            if self.pairs.platform == "tpu":
+                x_BTD = width_contiguous(x_BTD)
             return nnx.merge(graph, pair)(x_BTD, segment_BT, position_BT), None
 
         if self.remat != "none":

@@ -84,7 +84,8 @@ def check_fits(config: Config) -> None:
             raise ConfigError(f"plan: {error}; plan.skip=true goes on without it") from error
     if made.fits:
         return
-    fitting = " ".join(search.overrides(found, [])) if found else "none on this slice; python -m launch.plan has more"
+    larger = f"none on a {config.cluster.slice}; python -m launch.plan with plan.smallest=true looks for a slice"
+    fitting = " ".join(search.overrides(found, [])) if found else larger
     shown = " ".join(f"mesh.{axis}={size}" for axis, size in made.mesh.items())
     raise ConfigError(
         f"{shown}: needs {made.hbm_bytes.total / 1e9:.1f} GB of {v5p.HBM_BYTES / 1e9:.0f} GB HBM a chip with"

@@ -12,7 +12,7 @@ from orchestrator.config import Config
 from orchestrator.topology import TOPOLOGIES
 
 REMAT: tuple[Any, ...] = get_args(get_type_hints(Train)["remat"])
-BATCH_A_CHIP = (1, 2, 4, 8)
+MOST_ROWS, MOST_TOKENS = 8, 65536  # of a chip's batch: whichever is more
 TRIES = 4
 CLEARLY_LESS = 0.75  # the next try after one that did not fit
 REMAT_DISTANCE = 2.0  # another policy is as far as a mesh with one axis halved and another doubled
@@ -27,7 +27,8 @@ def candidates(config: Config, given: set[str]) -> Iterator[Config]:
             continue
         for remat in [config.train.remat] if "train.remat" in given else REMAT:
             shards = mesh.batch_shards
-            for batch in [config.train.batch] if "train.batch" in given else [n * shards for n in BATCH_A_CHIP]:
+            rows = rows_a_chip(config.data.sequence)
+            for batch in [config.train.batch] if "train.batch" in given else [n * shards for n in rows]:
                 train = replace(config.train, remat=remat, batch=batch)
                 found = replace(config, mesh=mesh, train=train)
                 try:
@@ -35,6 +36,11 @@ def candidates(config: Config, given: set[str]) -> Iterator[Config]:
                 except ConfigError:
                     continue
                 yield found
+
+
+def rows_a_chip(sequence: int) -> list[int]:
+    """1, 2, 4 and so on: short rows need many for a chip to be busy."""
+    return [2**n for n in range(max(MOST_ROWS, MOST_TOKENS // sequence).bit_length())]
 
 
 def meshes(config: Config, given: set[str], chips: int) -> Iterator[Mesh]:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from gemma import hlo, v5p
+from gemma import flops, hlo, v5p
 from gemma.hlo_cost import Place, axes_of, bandwidth, cost, groups_of, pairs
 
 LOOP = """HloModule jit_update, is_scheduled=true
@@ -170,3 +170,12 @@ def test_between_slices_the_dcn_is_what_there_is() -> None:
 )
 def test_padding_is_no_work(size: int, kernel: int, out: int, window: dict[str, str], want: int) -> None:
     assert pairs(size, kernel, out, window) == want
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 8, 9, 64])
+@pytest.mark.parametrize(("queries", "keys"), [(4, 4), (4, 8), (8, 4)])
+def test_a_kernel_visits_the_blocks_that_the_mask_leaves(queries: int, keys: int, window: int | None) -> None:
+    T = 32
+    seen = [(q, k) for q in range(T) for k in range(q + 1) if window is None or q - k < window]
+    blocks = {(q // queries, k // keys) for q, k in seen}
+    assert flops.block_pairs(T, queries, keys, window) == len(blocks) * queries * keys

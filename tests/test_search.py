@@ -38,7 +38,14 @@ def test_a_search_keeps_what_was_given() -> None:
 def test_a_search_without_limits_tries_meshes_and_batches() -> None:
     found = list(search.candidates(composed(["model=gemma2_27b", "cluster.slice=v5p-1024", "plan.search=true"]), set()))
     assert {c.program.mesh.tensor for c in found} == {1, 2, 4, 8, 16}
-    assert {c.train.batch // c.program.mesh.batch_shards for c in found} == set(search.BATCH_A_CHIP)
+    assert {c.train.batch // c.program.mesh.batch_shards for c in found} == {2**n for n in range(10)}  # of 128 tokens
+
+
+@pytest.mark.parametrize(("sequence", "most"), [(128, 512), (8192, 8), (100, 512), (32768, 8)])
+def test_rows_of_a_chip_are_more_where_they_are_short(sequence: int, most: int) -> None:
+    rows = search.rows_a_chip(sequence)
+    assert (rows[0], rows[-1]) == (1, most)
+    assert rows == sorted(set(rows))
 
 
 def test_across_slices_only_replicas() -> None:
@@ -95,6 +102,15 @@ def test_a_run_that_does_not_fit_is_refused_and_the_nearest_mesh_named(monkeypat
     assert text.startswith("mesh.replica=64 mesh.fsdp=8 mesh.tensor=1: needs 100.0 GB of 95 GB HBM a chip")
     assert "mesh.fsdp=32" in text
     assert "plan.skip=true" in text
+
+
+def test_where_no_mesh_of_the_slice_fits_the_way_to_a_larger_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Config] = []
+    monkeypatch.setattr(ahead, "ask", fits_from(64, asked))
+    overrides = ["model=gemma2_27b", "cluster=ray", "cluster.address=x:1", "cluster.slice=v5p-8", "train.batch=4"]
+    with pytest.raises(preflight.ConfigError, match=r"fits: none on a v5p-8; .* plan.smallest=true"):
+        preflight.check_fits(composed([*overrides, "data.sequence=8192"]))
+    assert len(asked) == 1  # 435 GB of state over four chips: no other mesh is worth the compiler's time
 
 
 def test_arithmetic_knows_more_memory_and_more_work() -> None:
