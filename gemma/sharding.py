@@ -1,7 +1,7 @@
 """Where every array lives: one table from logical axes to mesh axes, and the mesh itself."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -90,6 +90,20 @@ def fsdp_dim(axes: tuple[str, ...]) -> int | None:
     dims = [dim for dim, axis in enumerate(axes) if RULES[axis] == "fsdp"]
     manual_here = "fsdp" in jax.sharding.get_abstract_mesh().manual_axes
     return dims[0] if dims and manual_here else None
+
+
+def by_heads(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """attend(q_BTNH, k_BTKH, v_BTKH, segment_BT) -> out_BTNH by a Pallas kernel, which XLA cannot partition.
+
+    The step is manual over the batch's axes already; here the heads become manual too, over `tensor`, whatever its
+    size. Outside of the step (one device) there is no mesh to be manual over.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if "tensor" not in mesh.axis_names or "tensor" in mesh.manual_axes or not mesh.manual_axes:
+        return attend
+    heads = PartitionSpec(None, None, "tensor", None)
+    specs = (heads, heads, heads, PartitionSpec())
+    return jax.shard_map(attend, in_specs=specs, out_specs=heads, axis_names={"tensor"}, check_vma=False)
 
 
 def stages_here() -> list[list[list[int]] | None]:
