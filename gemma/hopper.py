@@ -3,9 +3,9 @@
 B batch, T time, N query heads, K kv heads, H head size. Queries and keys are one sequence here, so keys have T too.
 
 Unmeasured, and never run on a GPU: compiled to SASS for an H100 that was not there, and interpreted on a CPU
-(tests/test_hopper.py). Without the extra `gpu`, and wherever `serves` says no, XLA computes attention (gemma.blocked).
-Other maintained kernels lack what Gemma 2 needs: cuDNN's and those of jax.experimental.pallas.ops.gpu have no cap,
-tokamax's Triton kernel has none in its backward pass.
+(docs/gpu.md, tests/test_hopper.py). Without the extra `gpu`, and wherever `serves` says no, XLA computes attention
+(gemma.blocked). Other maintained kernels lack what Gemma 2 needs: cuDNN's and those of jax.experimental.pallas.ops.gpu
+have no cap, tokamax's Triton kernel has none in its backward pass.
 """
 
 from functools import cache, partial
