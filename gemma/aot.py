@@ -21,7 +21,7 @@ def key(name: str, facts: tuple[Any, ...]) -> str:
     """Names a compiled program by all it depends on; `facts` are the config leaves it was built from."""
     flags = [os.environ.get(v, "") for v in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     devices = [jax.device_count(), jax.local_device_count(), jax.process_count(), jax.process_index()]
-    versions = [packages("jax", "jaxlib", "flax", "optax"), jax.devices()[0].client.platform_version]
+    versions = [packages("jax", "jaxlib", "flax", "optax", "tokamax"), jax.devices()[0].client.platform_version]
     numerics = [jax.config.values[v] for v in ("jax_default_matmul_precision", "jax_enable_x64")]
     seen = repr([name, facts, flags, devices, versions, numerics, jax.devices()[0].device_kind, source_digest()])
     return f"{name}-{hashlib.sha256(seen.encode()).hexdigest()[:24]}"

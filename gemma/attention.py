@@ -66,6 +66,11 @@ def attend(
         from gemma import splash  # Pallas is half a second that no other platform pays
 
         return splash.attend(q_BTNH, k_BSKH, v_BSKH, segment_BT, window=window, cap=cap)
+    if platform == "gpu":
+        from gemma import hopper
+
+        if hopper.serves(q_BTNH, cap):
+            return hopper.attend(q_BTNH, k_BSKH, v_BSKH, segment_BT, window=window, cap=cap)
     if cap <= blocked.LARGEST_CAP:
         return blocked.attend(q_BTNH, k_BSKH, v_BSKH, segment_BT, window=window, cap=cap)
     return plain(q_BTNH, k_BSKH, v_BSKH, segment_BT, window=window, cap=cap)

@@ -112,6 +112,20 @@ def cut_along_tensor(function: Callable[[jax.Array], jax.Array], axes: tuple[str
     return jax.shard_map(function, in_specs=cut, out_specs=cut, axis_names={"tensor"}, check_vma=False)
 
 
+def by_heads(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """attend(q_BTNH, k_BTKH, v_BTKH, segment_BT) -> out_BTNH by a Pallas kernel, which XLA cannot partition.
+
+    The step is manual over the batch's axes already; here the heads become manual too, over `tensor`, whatever its
+    size. Outside of the step (one device) there is no mesh to be manual over.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if "tensor" not in mesh.axis_names or "tensor" in mesh.manual_axes or not mesh.manual_axes:
+        return attend
+    heads = PartitionSpec(None, None, "tensor", None)
+    specs = (heads, heads, heads, PartitionSpec())
+    return jax.shard_map(attend, in_specs=specs, out_specs=heads, axis_names={"tensor"}, check_vma=False)
+
+
 def stages_here() -> list[list[list[int]] | None]:
     shape = jax.sharding.get_abstract_mesh().shape
     staged = shape["tensor"] == 1 or shape["fsdp"] >= SMALLEST_STAGED

@@ -6,9 +6,9 @@ B batch, T time, N query heads, K kv heads, H head size. Queries and keys are on
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import PartitionSpec
 
 from gemma.blocked import SAVED
+from gemma.sharding import by_heads
 
 LANES = 128  # a block's side is a multiple of the vector registers' lanes
 
@@ -23,26 +23,12 @@ def attend(
     cap: float,
     interpret: bool = False,
 ) -> jax.Array:
-    """out_BTNH, as `gemma.attention.plain`. interpret: run the kernel's blocks as plain JAX, on any platform.
-
-    XLA cannot partition a Pallas kernel. The step is manual over the batch's axes already; here the heads become
-    manual too, over `tensor`, whatever its size. Outside of the step (one device) there is no mesh to be manual over.
-    """
+    """out_BTNH, as `gemma.attention.plain`. interpret: run the kernel's blocks as plain JAX, on any platform."""
 
     def local(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_BT: jax.Array) -> jax.Array:
         return kernel(q_BTNH, k_BTKH, v_BTKH, segment_BT, window=window, cap=cap, interpret=interpret)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if "tensor" in mesh.axis_names and "tensor" not in mesh.manual_axes and mesh.manual_axes:
-        heads = PartitionSpec(None, None, "tensor", None)
-        local = jax.shard_map(
-            local,
-            in_specs=(heads, heads, heads, PartitionSpec()),
-            out_specs=heads,
-            axis_names={"tensor"},
-            check_vma=False,
-        )
-    return local(q_BTNH, k_BTKH, v_BTKH, segment_BT)
+    return by_heads(local)(q_BTNH, k_BTKH, v_BTKH, segment_BT)
 
 
 def kernel(
