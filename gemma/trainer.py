@@ -259,6 +259,8 @@ class Trainer:
     def save(self, step: int) -> Saved:
         """Begins a save, whose commit follows in the background, or says what is in the way of one."""
         assert self.state is not None
+        if self.halted or self.rows and not self.rows[-1].metrics["ok"]:
+            return Saved(0.0, f"step {step} comes after a bad one: its state may be bad as well")
         started = time.monotonic()
         problem = saving.save(self.saver, step, self.state)
         self.ready = time.monotonic()
