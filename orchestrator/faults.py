@@ -28,6 +28,9 @@ class Chaos:
             parse(0, text, 1)
 
 
+LATEST = 0.8  # of the steps: what cannot strike when it is due, because another does, strikes a little later
+
+
 @dataclass(frozen=True)
 class Fault:
     """One fault, at the first moment of its phase once `step` steps are done."""
@@ -45,7 +48,8 @@ def plan(chaos: Chaos, steps: int, ranks: int) -> list[Fault]:
     dice = random.Random(chaos.seed)
     for _ in range(chaos.random):
         kind, phase = dice.choice(chaos.kinds), dice.choice(chaos.phases)
-        found.append(Fault(len(found), kind, dice.randrange(1, max(2, steps)), phase, dice.randrange(ranks)))
+        step = dice.randrange(1, max(2, int(LATEST * steps)))
+        found.append(Fault(len(found), kind, step, phase, dice.randrange(ranks)))
     return found
 
 

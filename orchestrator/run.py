@@ -80,6 +80,8 @@ def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) ->
                 report.phase("start", "starting hosts")
                 started = time.monotonic()
                 spares = sites.take_spares(site)
+                if site.keepers:
+                    sites.man(site, placement)  # meanwhile: a second failure may be close
                 group = hosts.spawn(now, placement, folder, report.attempt, site.predecessors, spares)
                 group = hosts.join(group, now, interrupt.asked)
                 sites.watch(site, group)

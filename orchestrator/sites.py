@@ -24,7 +24,7 @@ from orchestrator.placement import Placement
 
 BACK = "a lost slice is back"
 SAY_EVERY_S = 60.0
-PATIENCE_S = 1.0  # for memory that is there already: without it the first steps would have no snapshot
+PATIENCE_S = 3.0  # for memory, after a failure: another one soon after shall find it
 
 
 @dataclass
@@ -144,13 +144,18 @@ def put_by(site: Site) -> None:
 def equip(site: Site, config: Config, group: Group, opened: Sequence[Opened]) -> Attaching:
     """Asks for memory on every host, and for a keeper where there is none."""
     spots = group.placement.spots
-    missing = [spot for spot in spots if spot.node_id not in site.keepers]
-    for spot in missing:
-        site.keepers[spot.node_id] = memory.make(site.space, spot, config.checkpoint.memory_idle_s)
+    again = bool(site.keepers)
+    man(site, group.placement)
     keepers = [site.keepers[spot.node_id] for spot in spots]
     keys = [one.share_key for one in opened]
-    patience_s = 0.0 if missing else PATIENCE_S
-    return memory.attach(keepers, keys, opened[0].share_bytes, group.pids, patience_s)
+    return memory.attach(keepers, keys, opened[0].share_bytes, group.pids, PATIENCE_S if again else 0.0)
+
+
+def man(site: Site, placement: Placement) -> None:
+    """Asks for a keeper on every host that has none."""
+    for spot in placement.spots:
+        if spot.node_id not in site.keepers:
+            site.keepers[spot.node_id] = memory.make(site.space, spot, site.config.checkpoint.memory_idle_s)
 
 
 @contextmanager

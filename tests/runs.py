@@ -32,9 +32,9 @@ def launch(command: str, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str], code: int) -> str:
+def finish(process: subprocess.Popen[str], code: int, deadline_s: float = DEADLINE_S) -> str:
     """Waits for a command and returns its standard output; fails with everything it said on another exit code."""
-    out, err = process.communicate(timeout=DEADLINE_S)
+    out, err = process.communicate(timeout=deadline_s)
     assert process.returncode == code, f"exit code {process.returncode}, not {code}\n{out}\n{err}"
     return out
 

@@ -1,0 +1,52 @@
+"""Twenty random faults in one run: processes and hosts, between steps and amid saves, restores and compiles."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gemma.config import ConfigError
+from orchestrator import rundir
+from orchestrator.faults import Chaos, Fault, plan
+from tests.runs import assert_same_run, finish, goodput, launch, losses
+
+STEPS = 300
+RUN = [f"train.steps={STEPS}", "checkpoint.every=20", "eval.every=100", "eval.batches=2", "optim.warmup_steps=5"]
+OFF = Chaos(faults=(), random=0, kinds=("worker",), phases=("step",), seed=0)
+
+
+@pytest.mark.timeout(900)
+def test_a_run_with_twenty_random_faults_ends_bitwise_like_an_undisturbed_one(tmp_path: Path) -> None:
+    root = f"run.root={tmp_path}"
+    finish(launch("train", root, "run.id=calm", *RUN), 0)
+    finish(launch("train", root, "run.id=chaos", *RUN, "chaos=random", "chaos.random=20", "chaos.seed=3"), 0, 600)
+    struck = [event for event in rundir.events(tmp_path / "chaos") if event["event"] == "chaos"]
+    assert len(struck) == 20
+    assert Counter(event["phase"] for event in struck).keys() == {"step", "save", "restore", "compile"}
+    assert {"worker", "host"} <= {event["fault"] for event in struck}
+    assert_same_run(tmp_path / "calm", tmp_path / "chaos", STEPS)
+    assert len(losses(tmp_path / "chaos")) == STEPS
+    found = goodput(tmp_path / "chaos")
+    assert sum(found["buckets"].values()) == pytest.approx(found["wall_s"], rel=0.01)
+
+
+def test_the_seed_decides_what_strikes_when() -> None:
+    drawn = replace(OFF, random=9, kinds=("worker", "host"), phases=("step", "save"))
+    assert plan(drawn, 100, 4) == plan(drawn, 100, 4) != plan(replace(drawn, seed=1), 100, 4)
+    assert all(1 <= fault.step < 100 and 0 <= fault.rank < 4 for fault in plan(drawn, 100, 4))
+
+
+def test_what_is_listed_strikes_as_it_says() -> None:
+    listed = replace(OFF, faults=("worker@30", "host@60/1", "crash@90:save/3"))
+    assert plan(listed, 100, 2) == [
+        Fault(0, "worker", 30, "step", 0),
+        Fault(1, "host", 60, "step", 1),
+        Fault(2, "crash", 90, "save", 1),  # ranks go round
+    ]
+
+
+@pytest.mark.parametrize("text", ["worker", "worker@", "worker@x", "fire@3", "worker@3:lunch", "worker@3/x", ""])
+def test_a_fault_that_is_none_is_refused_by_name(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^chaos.faults="):
+        replace(OFF, faults=(text,))
