@@ -56,6 +56,15 @@ class Ran:
     halted: bool  # the hosts make no step more before they are brought back to one
     snapshots: int  # taken meanwhile
     wait_s: float  # for them to be written, each while the devices had a step to do
+    data_s: float  # that the devices stood still for the next batch
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A host's snapshots have begun."""
+
+    pack_s: float  # that its devices take for one
+    seconds: float  # that training stood still
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,14 @@ import jax
 
 from gemma import aot, checkpoint, data, flops, saving, slots, snapshot, weights
 from gemma.config import Program
-from gemma.reports import Bad, Evaluated, Failed, Opened, Ran, Restored, Row, Saved
+from gemma.reports import Bad, Evaluated, Failed, Kept, Opened, Ran, Restored, Row, Saved
 from gemma.sharding import make_mesh
 from gemma.snapshot import Keeping
 from gemma.step import TrainState, functions
 from gemma.tokens import open_tokens
 from gemma.wire import Address, Source
 
+OVERLAPPED = 0.8  # of a step is still to be done on the devices when the host turns to the next batch
 IN_A_ROW = 3  # bad steps: then it is not the batch that is bad but the state
 PACKINGS = 10  # timed before snapshots begin: the shortest is what one costs
 
@@ -129,12 +130,13 @@ class Trainer:
         jax.block_until_ready(state)
         return state
 
-    def keep(self, path: str, buddy: Address | None, attempt: int) -> float:
+    def keep(self, path: str, buddy: Address | None, attempt: int) -> Kept:
         """Snapshots go to this host's slots and its buddy's from now on, the first at once.
 
-        attempt: noted with each. Returns the seconds the devices take for one.
+        attempt: noted with each.
         """
         assert self.state is not None
+        started = time.monotonic()
         self.pack, _ = self.compile("pack", (self.functions.state,))
         self.compile("unpack", (self.flat,))  # a recovery finds it in the cache
         self.keeping, self.attempt = Keeping(self.share, self.mesh, path, buddy), attempt
@@ -148,7 +150,7 @@ class Trainer:
             self.keeping.settle()
         slots.tell_progress(self.keeping.slots, step)
         self.ready = time.monotonic()
-        return min(b - a for a, b in itertools.pairwise(times))
+        return Kept(min(b - a for a, b in itertools.pairwise(times)), self.ready - started)
 
     def noted(self) -> dict[str, Any]:
         """What goes with a snapshot: results that a controller which dies now would never hear of."""
@@ -172,14 +174,16 @@ class Trainer:
         self.rows = [row for row in self.rows if row.step > reported]
         self.evals = [found for found in self.evals if found.step > reported]
         count, keeping, self.bad = len(self.rows), self.keeping, []
-        snapshots, wait_s = 0, 0.0
+        snapshots, wait_s, data_s = 0, 0.0, 0.0
         flight: list[tuple[int, dict[str, jax.Array], jax.Array | None]] = []
         for step in range(first, last):
             if self.halted:
                 break
             self.profile(step)
-            index = data.batch_index(step, self.skipped)
+            index, started = data.batch_index(step, self.skipped), time.monotonic()
             tokens = data.place(self.functions.batch, partial(self.dataset.train_rows, index))
+            hidden_s = OVERLAPPED * self.rows[-1].step_s if self.rows else math.inf
+            data_s += max(0.0, time.monotonic() - started - hidden_s)
             if keeping:
                 wait_s += keeping.settle()  # while the step before this one is under way
             self.state, metrics = self.train(self.state, tokens)
@@ -191,7 +195,7 @@ class Trainer:
         for entry in flight:
             self.take(*entry)
         self.profile_ends(last)
-        return Ran(tuple(self.rows[count:]), tuple(self.bad), self.halted, snapshots, wait_s)
+        return Ran(tuple(self.rows[count:]), tuple(self.bad), self.halted, snapshots, wait_s, data_s)
 
     def take(self, step: int, metrics: dict[str, jax.Array], packed: jax.Array | None) -> None:
         """Waits for a step; its snapshot is brought to memory from here on, if it is good."""

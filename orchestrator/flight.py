@@ -17,7 +17,7 @@ from orchestrator.memory import Attaching
 from orchestrator.outcome import Evidence
 from orchestrator.report import Report
 from orchestrator.saves import Saves
-from orchestrator.window import deadline_s, due, snapshot_every, window_end
+from orchestrator.window import deadline_s, due, snapshot_cost_s, snapshot_every, window_end
 
 ANSWER_S = 60.0  # for a host to say that its save is not done in time
 LOOK_S = 0.5  # for a save that hosts call done to be seen here
@@ -137,8 +137,9 @@ def take(flight: Flight) -> None:
     elif sent.verb == "evaluate":
         report.evaluated(result)
     elif sent.verb == "keep":
-        flight.pack_s = result
-        report.event("keep", sent.step, every=every(flight), pack_s=round(result, 6))
+        flight.pack_s = result.pack_s
+        report.ledger.move("step", "snapshot", result.seconds)
+        report.event("keep", sent.step, result.seconds, every=every(flight), pack_s=round(result.pack_s, 6))
     elif sent.verb == "save":
         waiting = waiting[1:]
         take_save(flight, sent.step, result, waiting)
@@ -158,8 +159,11 @@ def take_window(flight: Flight, ran: Ran) -> None:
     times = sorted(row.step_s for row in ran.rows)
     flight.step_s = times[len(times) // 2]
     flight.longest_s = max(times[-1], flight.longest_s or 0.0)
+    flight.report.ledger.move("step", "data", ran.data_s)
     if ran.snapshots:
         flight.wait_s = ran.wait_s / ran.snapshots
+        cost_s = snapshot_cost_s(flight.pack_s, flight.wait_s, flight.step_s)
+        flight.report.ledger.move("step", "snapshot", ran.snapshots * cost_s)
 
 
 def take_save(flight: Flight, step: int, saved: Saved, on_the_way: Sequence[int]) -> None:

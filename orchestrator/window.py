@@ -46,11 +46,15 @@ def due(step: int, end: int, every: int) -> bool:
     return step == end or (every > 0 and step % every == 0)
 
 
-def snapshot_every(pack_s: float, wait_s: float, step_s: float, cost: float) -> int:
-    """Steps from one snapshot to the next, so that they cost at most a share `cost` of the time.
+def snapshot_cost_s(pack_s: float, wait_s: float, step_s: float) -> float:
+    """That a snapshot holds training up.
 
     pack_s: that the devices take for one. wait_s: that the host waited for one to be written, which it does while the
     devices have a step to do: only what goes beyond that holds training up.
     """
-    spent_s = pack_s + max(0.0, wait_s - OVERLAPPED * step_s)
-    return max(1, math.ceil(spent_s / (cost * max(step_s, 1e-6))))
+    return pack_s + max(0.0, wait_s - OVERLAPPED * step_s)
+
+
+def snapshot_every(pack_s: float, wait_s: float, step_s: float, cost: float) -> int:
+    """Steps from one snapshot to the next, so that they cost at most a share `cost` of the time."""
+    return max(1, math.ceil(snapshot_cost_s(pack_s, wait_s, step_s) / (cost * max(step_s, 1e-6))))

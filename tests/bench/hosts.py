@@ -59,7 +59,7 @@ class Player:
                 "ok": 1.0,
             }
             rows = tuple(Row(step + 1, metrics, 1.0, time.time()) for step in range(first, last)) if rank == 0 else ()
-            return Told(Ran(rows, (), False, 0, 0.0) if rank == 0 else None, None, None)
+            return Told(Ran(rows, (), False, 0, 0.0, 0.0) if rank == 0 else None, None, None)
         if verb == "inventory":
             steps = {f"key-{rank}": ((10, 1), (11, 1), (12, 1)), f"key-{rank - 1}": ((10, 1), (11, 1), (12, 1))}
             return Held(Address("127.0.0.1", 1, ""), steps, {}, 12, {}, 0, None)
