@@ -21,11 +21,13 @@ STRIKE_S = 5.0  # for a keeper to do its worst
 
 
 def strike(plan: Sequence[Fault], phase: str, group: Group, site: Site, report: Report) -> None:
-    """Does what is due, one fault at a step and one more on the way back to it: a run that is never let go on gives up.
+    """Does what is due: one fault at a step, and on the way back to it one amid compiling and one amid restoring.
+
+    A run that is never let go on gives up.
 
     Told first: a fault that ends the controller must not strike again when it is resumed.
     """
-    moment = (report.newest, phase in ("compile", "restore"))
+    moment = (report.newest, phase if phase in ("compile", "restore") else "step")
     for fault in plan:
         due = fault.phase == phase and fault.step <= report.newest and fault.index not in report.struck
         if not due or moment in report.struck_at:

@@ -63,7 +63,7 @@ class Report:
         self.goodput_problem: str | None = None
         self.began = 0.0  # time.time() of this attempt
         self.newest_row: dict[str, Any] = {}
-        self.struck_at: set[tuple[int, bool]] = set()
+        self.struck_at: set[tuple[int, str]] = set()
         self.struck = {e["index"] for e in told if e["event"] == "chaos"}  # faults on purpose, done already
         self.bad_steps = [e["step"] for e in told if e["event"] == "bad_step"]
         self.last_row_time = 0.0  # time.time() at which the newest step was done
