@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from gemma import aot, checkpoint, data, flops, slots, snapshot, weights
+from gemma import aot, checkpoint, data, flops, slots, snapshot, sums, weights
 from gemma.config import Program
 from gemma.reports import Bad, Evaluated, Opened, Ran, Restored, Row
 from gemma.sharding import make_mesh
@@ -41,9 +41,11 @@ class Trainer:
         started = self.lap("data", started)
         self.functions = functions(program, self.mesh)
         self.packing = dict(zip(("pack", "unpack"), snapshot.packing(self.functions.state, self.mesh), strict=True))
+        self.packing["sums"] = sums.summing(self.functions.state, self.mesh)
         self.flat = snapshot.flat_shape(self.functions.state, self.mesh)
         self.share = snapshot.share_of(self.functions.state, self.mesh)
         self.train, self.cached = self.compile("train", (self.functions.state, self.functions.batch))
+        self.sums, _ = self.compile("sums", (self.functions.state,))
         self.eval: Any = None  # compiled when first asked for
         self.lap("compile", started)
         self.pack: Any = None
@@ -75,6 +77,7 @@ class Trainer:
             "eval": (p.model, p.mesh, p.data.sequence, *train),
             "pack": (p.model, p.mesh, p.optim, p.train.steps),
             "unpack": (p.model, p.mesh, p.optim, p.train.steps),
+            "sums": (p.model, p.mesh, p.optim, p.train.steps),
         }
         jitted = self.packing[name] if name in self.packing else getattr(self.functions, name)
         return aot.compiled(name, jitted, args, built_from[name], self.cache)
@@ -99,7 +102,7 @@ class Trainer:
         if step is None:
             self.state = self.initial()
         elif source is None:
-            self.state = checkpoint.restore(self.manager, step, self.functions.state)
+            self.state = checkpoint.restore(self.manager, step, self.functions.state, self.sums)
         else:
             self.state = self.recovered(step, source)
         jax.block_until_ready(self.state.step)
@@ -259,7 +262,7 @@ class Trainer:
         """Seconds training stood still; the commit follows in the background."""
         assert self.state is not None
         started = time.monotonic()
-        checkpoint.save(self.manager, step, self.state)
+        checkpoint.save(self.manager, step, self.state, self.sums)
         self.ready = time.monotonic()
         return self.ready - started
 
