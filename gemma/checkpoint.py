@@ -1,15 +1,22 @@
-"""Checkpoints on disk by Orbax: asynchronous, atomic, committed or not there at all."""
+"""Checkpoints on disk by Orbax: asynchronous, atomic, committed or not there at all; and given back as saved or not.
 
+With the arrays the sums of `gemma.sums` are committed. They are looked at again on the devices that a state is
+restored to, so whatever may have become of the bytes on their way there and back is seen.
+"""
+
+import json
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from gemma import sums
 from gemma.config import Checkpoint
 from gemma.step import TrainState
 
 COMMIT_S = 1800  # for a save to be whole on disk, once it is copied off the devices
+METADATA = "_CHECKPOINT_METADATA"  # Orbax's own name for what it writes of every checkpoint
 
 
 class CheckpointError(RuntimeError):
@@ -34,10 +41,15 @@ def open_manager(folder: Path, config: Checkpoint, barrier: Any = None) -> ocp.C
     return ocp.CheckpointManager(folder, options=options)
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
-    """Returns once the state is copied off the devices; the commit follows in the background."""
+def save(manager: ocp.CheckpointManager, step: int, state: TrainState, summing: Any = None) -> None:
+    """Returns once the state is copied off the devices; the commit follows in the background.
+
+    summing: the program of `gemma.sums`. Its few bytes are fetched first, to be committed together with the arrays;
+    without it nothing is summed.
+    """
     if step not in manager.all_steps():
-        manager.save(step, args=ocp.args.StandardSave(state._asdict()), force=True)
+        noted = {"sums": sums.told(state, summing(state))} if summing else None
+        manager.save(step, args=ocp.args.StandardSave(state._asdict()), custom_metadata=noted, force=True)
 
 
 def drop_after(manager: ocp.CheckpointManager, step: int) -> None:
@@ -47,17 +59,34 @@ def drop_after(manager: ocp.CheckpointManager, step: int) -> None:
         manager.delete(later)
 
 
-def restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> TrainState:
+def restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState, summing: Any = None) -> TrainState:
     """The state of a committed step, laid out as `abstract` asks: another mesh means resharding on the way in.
 
-    Raises CheckpointError naming the checkpoint; never falls back to a fresh start.
+    summing: the program of `gemma.sums` for that layout. Raises CheckpointError naming the checkpoint, and what of it
+    is not as it was saved; never falls back to a fresh start.
     """
+    path = Path(str(manager.directory)) / str(step)
     try:
-        found = manager.restore(step, args=ocp.args.StandardRestore(abstract._asdict()))
-        state = TrainState(**found)
+        saved = saved_sums(path)
+        state = TrainState(**manager.restore(step, args=ocp.args.StandardRestore(abstract._asdict())))
         if int(state.step) != step:
             raise ValueError(f"it holds step {int(state.step)}")
+        if saved is not None and summing is not None:
+            found = sums.told(state, summing(state))
+            changed = sorted(name for name in saved.keys() | found.keys() if saved.get(name) != found.get(name))
+            if changed:
+                others = f" and {len(changed) - 1} more" if changed[1:] else ""
+                raise ValueError(f"{changed[0]}{others}: not what was saved, by its checksum")
         return state
     except Exception as error:
-        path = Path(str(manager.directory)) / str(step)
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+
+
+def saved_sums(path: Path) -> dict[str, str] | None:
+    """What was noted at the save; None of a checkpoint from before there were sums.
+
+    Read here, not by Orbax, for which a file that it cannot read is one that says nothing.
+    """
+    noted = json.loads((path / METADATA).read_text())["custom_metadata"] or {}
+    found: dict[str, str] | None = noted.get("sums")
+    return found

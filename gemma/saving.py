@@ -53,7 +53,7 @@ def open_saver(folder: Path, config: Checkpoint, state: Any) -> Saver:
     return Saver(folder, config, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)))
 
 
-def save(saver: Saver, step: int, state: TrainState) -> str | None:
+def save(saver: Saver, step: int, state: TrainState, summing: Any = None) -> str | None:
     """Returns once the state is copied off the devices, the commit follows in the background; or what is in the way,
     the same on all hosts, and then nothing is written.
     """
@@ -64,7 +64,7 @@ def save(saver: Saver, step: int, state: TrainState) -> str | None:
     if problem or there:
         return problem
     try:
-        checkpoint.save(saver.manager, step, state)
+        checkpoint.save(saver.manager, step, state, summing)
     except OSError as error:
         if saver.votes.client:
             raise  # the other hosts are inside

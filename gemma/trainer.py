@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from gemma import aot, checkpoint, data, flops, saving, slots, snapshot, weights
+from gemma import aot, checkpoint, data, flops, saving, slots, snapshot, sums, weights
 from gemma.config import Program
 from gemma.reports import Bad, Evaluated, Failed, Kept, Opened, Ran, Restored, Row, Saved
 from gemma.sharding import make_mesh
@@ -43,9 +43,11 @@ class Trainer:
         started = self.lap("data", started)
         self.functions = functions(program, self.mesh)
         self.packing = dict(zip(("pack", "unpack"), snapshot.packing(self.functions.state, self.mesh), strict=True))
+        self.packing["sums"] = sums.summing(self.functions.state, self.mesh)
         self.flat = snapshot.flat_shape(self.functions.state, self.mesh)
         self.share = snapshot.share_of(self.functions.state, self.mesh)
         self.train, self.cached = self.compile("train", (self.functions.state, self.functions.batch))
+        self.sums: Any = None  # compiled when first asked for
         self.eval: Any = None  # compiled when first asked for
         self.lap("compile", started)
         self.pack: Any = None
@@ -77,6 +79,7 @@ class Trainer:
             "eval": (p.model, p.mesh, p.data.sequence, *train),
             "pack": (p.model, p.mesh, p.optim, p.train.steps),
             "unpack": (p.model, p.mesh, p.optim, p.train.steps),
+            "sums": (p.model, p.mesh, p.optim, p.train.steps),
         }
         jitted = self.packing[name] if name in self.packing else getattr(self.functions, name)
         return aot.compiled(name, jitted, args, built_from[name], self.cache)
@@ -101,7 +104,7 @@ class Trainer:
         if step is None:
             self.state = self.initial()
         elif source is None:
-            self.state = checkpoint.restore(self.saver.manager, step, self.functions.state)
+            self.state = checkpoint.restore(self.saver.manager, step, self.functions.state, self.summing())
         else:
             self.state = self.recovered(step, source)
         jax.block_until_ready(self.state.step)
@@ -119,6 +122,12 @@ class Trainer:
             rows=tuple(self.rows),
             evals=tuple(self.evals),
         )
+
+    def summing(self) -> Any:
+        """The program that tells whether a state is the one that was saved."""
+        if self.sums is None:
+            self.sums, _ = self.compile("sums", (self.functions.state,))
+        return self.sums
 
     def recovered(self, step: int, source: Source) -> TrainState:
         """The state out of host memory, and what was noted with it."""
@@ -266,7 +275,7 @@ class Trainer:
         if self.halted or self.rows and not self.rows[-1].metrics["ok"]:
             return Saved(0.0, f"step {step} comes after a bad one: its state may be bad as well")
         started = time.monotonic()
-        problem = saving.save(self.saver, step, self.state)
+        problem = saving.save(self.saver, step, self.state, self.summing())
         self.ready = time.monotonic()
         return Saved(self.ready - started, problem)
 
