@@ -57,7 +57,7 @@ def summing(state: TrainState, mesh: jax.sharding.Mesh) -> Any:
 
 
 def cut_of(leaf: jax.ShapeDtypeStruct) -> Cut:
-    spec = (*leaf.sharding.spec, *[None] * len(leaf.shape))[: len(leaf.shape)]  # type: ignore[union-attr]
+    spec = (*leaf.sharding.spec, *[None] * len(leaf.shape))[: len(leaf.shape)]
     return tuple(() if axes is None else (axes,) if isinstance(axes, str) else tuple(axes) for axes in spec)
 
 

@@ -112,6 +112,22 @@ def test_faults_amid_save_restore_and_compile(undisturbed: Path, root: Path) -> 
     assert_same_run(undisturbed, folder, STEPS)
 
 
+def test_a_torn_checkpoint_is_named_set_aside_and_the_one_before_is_used(undisturbed: Path, root: Path) -> None:
+    folder = struck(root, "tear@20,worker@23/1", "checkpoint.snapshot=off")
+    assert [found["outcome"] for found in incidents(folder)] == ["host died", "checkpoint unreadable"]
+    (aside,) = [event for event in rundir.events(folder) if event["event"] == "set_aside"]
+    assert aside["step"] == 20
+    assert "checkpoints/20" in incidents(folder)[1]["evidence"]
+    assert incidents(folder)[1]["steps_lost"] >= 10
+    assert_same_run(undisturbed, folder, STEPS)
+
+
+def test_with_no_older_checkpoint_left_it_refuses_and_starts_nothing_afresh(root: Path) -> None:
+    folder = struck(root, "tear@10,worker@13/1", "checkpoint.snapshot=off", "checkpoint.keep_last=1", code=2)
+    assert "no older one" in (folder / "incident.txt").read_text()
+    assert event_names(folder).count("initialise") == 1
+
+
 TWO_SLICES = ["cluster.slice=v5p-8", "cluster.num_slices=2", "mesh=multislice"]
 
 
