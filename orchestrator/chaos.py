@@ -32,7 +32,8 @@ def strike(plan: Sequence[Fault], phase: str, group: Group, site: Site, report: 
         due = fault.phase == phase and fault.step <= report.newest and fault.index not in report.struck
         if not due or moment in report.struck_at:
             continue
-        report.struck_at.add(moment)
+        if fault.kind != "tear":  # which by itself brings nothing down
+            report.struck_at.add(moment)
         report.struck.add(fault.index)
         report.event("chaos", report.newest, index=fault.index, fault=fault.kind, rank=fault.rank, phase=phase)
         report.screen.say(f"chaos: {fault.kind} at step {report.newest}, rank {fault.rank} ({phase})")

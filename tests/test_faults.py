@@ -29,7 +29,7 @@ def undisturbed(root: Path) -> Path:
 
 def struck(root: Path, faults: str, *overrides: str, code: int = 0) -> Path:
     """A run to which these faults happen. Whatever they are, its ledger sums to wall time."""
-    folder = root / faults.replace("@", "-").replace("/", "-").replace(":", "-").replace(",", "+")
+    folder = root / faults.replace("@", "-").replace("/", "-").replace(":", "-").replace(",", "-")
     chaos = ["chaos=listed", f"chaos.faults=[{faults}]"]
     finish(launch("train", f"run.root={root}", f"run.id={folder.name}", *SMALL, *chaos, *overrides), code)
     named = [override.partition("=")[2] for override in overrides if override.startswith("run.id=")]
@@ -113,17 +113,17 @@ def test_faults_amid_save_restore_and_compile(undisturbed: Path, root: Path) -> 
 
 
 def test_a_torn_checkpoint_is_named_set_aside_and_the_one_before_is_used(undisturbed: Path, root: Path) -> None:
-    folder = struck(root, "tear@20,worker@23/1", "checkpoint.snapshot=off")
+    folder = struck(root, "tear@27,worker@27/1", "checkpoint.snapshot=off", "checkpoint.every=13")
     assert [found["outcome"] for found in incidents(folder)] == ["host died", "checkpoint unreadable"]
     (aside,) = [event for event in rundir.events(folder) if event["event"] == "set_aside"]
-    assert aside["step"] == 20
-    assert "checkpoints/20" in incidents(folder)[1]["evidence"]
-    assert incidents(folder)[1]["steps_lost"] >= 10
+    assert aside["step"] == 26
+    assert "checkpoints/26" in incidents(folder)[1]["evidence"]
+    assert incidents(folder)[1]["steps_lost"] >= 13
     assert_same_run(undisturbed, folder, STEPS)
 
 
 def test_with_no_older_checkpoint_left_it_refuses_and_starts_nothing_afresh(root: Path) -> None:
-    folder = struck(root, "tear@10,worker@13/1", "checkpoint.snapshot=off", "checkpoint.keep_last=1", code=2)
+    folder = struck(root, "tear@14,worker@14/1", "checkpoint.snapshot=off", "checkpoint.every=13", code=2)
     assert "no older one" in (folder / "incident.txt").read_text()
     assert event_names(folder).count("initialise") == 1
 
