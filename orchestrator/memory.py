@@ -131,12 +131,8 @@ def keep_arguments(
     ]
 
 
-def attach(
-    keepers: Sequence[Any], keys: Sequence[str], share_bytes: int, pids: Sequence[int], patience_s: float
-) -> Attaching:
-    """Asks every keeper, in rank order, for memory, and to watch its host's process."""
-    for keeper, pid in zip(keepers, pids, strict=True):
-        keeper.watch.remote(pid)
+def attach(keepers: Sequence[Any], keys: Sequence[str], share_bytes: int, patience_s: float) -> Attaching:
+    """Asks every keeper, in rank order, for memory."""
     paths = [keeper.hold.remote(key, share_bytes) for keeper, key in zip(keepers, keys, strict=True)]
     return Attaching([keeper.inventory.remote() for keeper in keepers], paths, patience_s)
 

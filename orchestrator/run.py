@@ -19,6 +19,7 @@ from orchestrator.exit import HOW, Exit
 from orchestrator.flight import Flight
 from orchestrator.group import Group, HostsFailedError
 from orchestrator.interrupt import Interrupt, StoppedError
+from orchestrator.memory import Attaching
 from orchestrator.outcome import Evidence
 from orchestrator.policy import Failure, GiveUp, decide
 from orchestrator.progress import summary
@@ -80,11 +81,9 @@ def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) ->
                 report.phase("start", "starting hosts")
                 started = time.monotonic()
                 spares = sites.take_spares(site)
-                if site.keepers:
-                    sites.man(site, placement)  # meanwhile: a second failure may be close
                 group = hosts.spawn(now, placement, folder, report.attempt, site.predecessors, spares)
                 group = hosts.join(group, now, interrupt.asked)
-                sites.watch(site, group)
+                sites.man(site, group)
                 report.event("start", duration_s=time.monotonic() - started, pids=list(group.pids))
                 opened = recover.start(now, folder, group, site, report, interrupt, started)
                 left = train(now, group, opened, site, report, interrupt)
@@ -127,10 +126,11 @@ def train(
     planned = faults.plan(config.chaos, config.train.steps, len(group.workers))
     saves = Saves(max(rundir.committed(report.folder), default=0))
     flight = Flight(config, group, report, report.facts.step, saves)
-    attaching = sites.equip(site, config, group, opened) if site.keepers else None
+    attaching: Attaching | None = sites.equip(site, group, opened, 0.0 if report.facts.fresh else sites.PATIENCE_S)
     flights.send_due(flight)
     while True:
-        if attaching and attaching.ready():
+        # A run that begins makes its first step before anything else.
+        if attaching and (flight.sent or not report.facts.fresh) and attaching.ready():
             flights.send_keep(flight, attaching, opened)
             attaching = None
         if time.monotonic() - looked_at > LOOK_EVERY_S:
@@ -149,9 +149,6 @@ def train(
         if flight.halted and not flight.sent:
             rewind.rewind(flight, opened, site)
         chaos.strike(planned, "step", group, site, report)
-        # Not before the first steps are done: nobody waits for these processes to come up.
-        if flight.step_s and not site.keepers:
-            attaching = sites.equip(site, config, group, opened)
         if flight.step_s and not attaching:
             sites.put_by(site)
     report.phase("save", f"saving step {flight.step}")

@@ -117,11 +117,12 @@ def take_spares(site: Site) -> dict[str, Any]:
     return taken
 
 
-def watch(site: Site, group: Group) -> None:
-    """Hosts that have a keeper note when their process ends."""
-    for node, pid in group.by_node.items():
-        if node in site.keepers:
-            site.keepers[node].watch.remote(pid)
+def man(site: Site, group: Group) -> None:
+    """A keeper on every host, come up while the program is loaded; it notes when the host's process ends."""
+    for spot, (node, pid) in zip(group.placement.spots, group.by_node.items(), strict=True):
+        if node not in site.keepers:
+            site.keepers[node] = memory.make(site.space, spot, site.config.checkpoint.memory_idle_s)
+        site.keepers[node].watch.remote(pid)
 
 
 def kill(site: Site, group: Group) -> None:
@@ -141,21 +142,11 @@ def put_by(site: Site) -> None:
             site.spares[spot.node_id] = hosts.spare(spot)
 
 
-def equip(site: Site, config: Config, group: Group, opened: Sequence[Opened]) -> Attaching:
-    """Asks for memory on every host, and for a keeper where there is none."""
-    spots = group.placement.spots
-    again = bool(site.keepers)
-    man(site, group.placement)
-    keepers = [site.keepers[spot.node_id] for spot in spots]
+def equip(site: Site, group: Group, opened: Sequence[Opened], patience_s: float) -> Attaching:
+    """Asks for memory on every host."""
+    keepers = [site.keepers[spot.node_id] for spot in group.placement.spots]
     keys = [one.share_key for one in opened]
-    return memory.attach(keepers, keys, opened[0].share_bytes, group.pids, PATIENCE_S if again else 0.0)
-
-
-def man(site: Site, placement: Placement) -> None:
-    """Asks for a keeper on every host that has none."""
-    for spot in placement.spots:
-        if spot.node_id not in site.keepers:
-            site.keepers[spot.node_id] = memory.make(site.space, spot, site.config.checkpoint.memory_idle_s)
+    return memory.attach(keepers, keys, opened[0].share_bytes, patience_s)
 
 
 @contextmanager
