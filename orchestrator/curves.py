@@ -108,7 +108,7 @@ def trace(found: Sequence[Column], x: Scale, y: Scale, kind: str) -> list[str]:
             continue
         way = "L".join(f"{at:.1f} {y(c.mean):.1f}" for at, c in places)
         parts.append(f'<path class="{kind}" d="M{way}"/>')
-        if len(found) <= DOTS:
+        if len(found) <= DOTS and kind == "kept":
             parts += [f'<circle class="{kind} dot" cx="{a:.1f}" cy="{y(c.mean):.1f}" r="2.2"/>' for a, c in places]
     return parts
 
