@@ -75,7 +75,14 @@ def timeline(history: History) -> str:
     paper = laid_out(history.controllers)
     stretches = [stretch for one in history.controllers for stretch in one.stretches]
     drawn = singly(stretches, paper) if len(stretches) <= DRAWN_SINGLY else by_column(stretches, paper)
-    parts = [*axis(paper), *progress(history, paper), *drawn, *gaps(paper), *commits(history, paper)]
+    parts = [
+        *axis(paper),
+        *progress(history, paper),
+        *drawn,
+        *gaps(paper),
+        *commits(history, paper),
+        *bad_steps(history, paper),
+    ]
     return drawing(HEIGHT, [*parts, *incidents(history.incidents, paper)], "phases of the run over wall time")
 
 
@@ -184,8 +191,22 @@ def by_column(stretches: Sequence[Stretch], paper: Paper) -> list[str]:
 def commits(history: History, paper: Paper) -> list[str]:
     places = {int(paper.place(e["time"])): whole(e.get("step")) for e in history.events if e.get("event") == "commit"}
     titles = {at: titled(f"checkpoint of step {step} is whole") for at, step in places.items()}
-    dot = f'cy="{BAND_FLOOR + 6:.1f}" r="2.6"'
+    dot = f'cy="{BAND_FLOOR + 6:.1f}" r="{2.6 if len(places) < 80 else 1.4}"'
     return [f'<circle class="b-save" cx="{at}" {dot}>{title}</circle>' for at, title in titles.items()]
+
+
+def bad_steps(history: History, paper: Paper) -> list[str]:
+    """Steps whose update was not applied, at the time at which the controller learned of them."""
+    places: dict[int, list[int]] = {}
+    for event in history.events:
+        if event.get("event") == "bad_step":
+            places.setdefault(int(paper.place(event["time"]) / 3), []).append(whole(event.get("step")))
+    parts = []
+    for place, steps in places.items():
+        named = f"steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
+        shape = f'<path class="odd" d="M{place * 3:.1f} {LANE - 1:.1f}l4.5 4.5l-4.5 4.5l-4.5 -4.5z"/>'
+        parts.append(f"<g>{titled(f'{named}: update not applied')}{shape}</g>")
+    return parts
 
 
 def incidents(found: Sequence[Incident], paper: Paper) -> list[str]:

@@ -50,7 +50,7 @@ td:last-child,th:last-child{padding-right:0}tr:last-child td{border-bottom:0}
 tfoot td{font-weight:600;border-top:1px solid var(--axis)}.faint td{color:var(--soft)}
 tr:target td{background:var(--again)}
 details summary{cursor:pointer}details[open] summary{margin-bottom:4px}
-.what{min-width:240px;overflow-wrap:anywhere}
+.fill{width:100%}.what{min-width:240px;overflow-wrap:anywhere}
 .legend{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:12.5px;color:var(--soft);margin:2px 0 6px}
 .legend span{display:inline-flex;align-items:center;gap:6px}
 .key{display:inline-block;width:11px;height:11px;border-radius:3px;flex:none}
@@ -70,7 +70,7 @@ svg .on{font-size:12px}
 .kept.dot{fill:var(--kept);stroke:none}.replaced.dot{fill:var(--replaced);stroke:none}
 .kept.spread{fill:var(--kept);fill-opacity:.2;stroke:none}.replaced.spread{fill:var(--replaced);fill-opacity:.2;stroke:none}
 .again{fill:var(--again)}.turn{stroke:var(--turn);stroke-dasharray:3 3}
-.bad{stroke:var(--bad);stroke-opacity:.55}.wrong{fill:var(--bad)}.above{fill:var(--kept)}
+.bad{stroke:var(--bad);stroke-opacity:.55}.wrong{fill:var(--bad)}.odd{fill:var(--replaced)}.above{fill:var(--kept)}
 .eval{fill:var(--eval);stroke:var(--card);stroke-width:1.2}
 .strip{fill:transparent}.strip:hover{fill:var(--ink);fill-opacity:.12}
 .gap{fill:var(--gap)}.piece{stroke:var(--card);stroke-width:1.5}

@@ -118,7 +118,7 @@ def commands(history: History) -> str:
     rows = []
     for attempt, following in zip(history.manifest.attempts, [*starts[1:], math.inf], strict=False):
         ends = [one.end for one in history.controllers if attempt.time <= one.began < following]
-        overrides = f"<td><code>{text(' '.join(attempt.overrides)) or 'none'}</code></td>"
+        overrides = f'<td class="fill"><code>{text(" ".join(attempt.overrides)) or "none"}</code></td>'
         cells = [
             cell(clock(attempt.time), "nw"),
             cell(attempt.command),
@@ -181,8 +181,8 @@ def training(history: History) -> str:
         if row.attempt != before.attempt
     ]
     wrong = [
-        (row.step, "its update was not applied" if not row.ok else "no finite loss")
-        for row in rows
+        (row.step, "no finite loss" if row.ok else "its update was not applied")
+        for row in sorted(history.rows, key=lambda row: row.step)
         if not row.ok or math.isnan(row.loss)
     ]
     evals = [(one.step, one.loss) for one in history.evals]
@@ -232,7 +232,7 @@ def timeline(history: History) -> str:
     keys = [(bars.kind(name), "", name) for name in ordered]
     several = len(history.controllers) > 1
     note = "Time during which a controller lived" + (", end to end; gray is the time between two." if several else ".")
-    note += " Dots: checkpoints that became whole."
+    note += " Dots: checkpoints that became whole; diamonds: updates not applied."
     return f"""<section><h2>Timeline</h2><p class="note">{note}</p><div class="wide">{bars.timeline(history)}</div>
 {legend(*keys)}</section>"""
 
@@ -250,7 +250,7 @@ def incidents(history: History) -> str:
         lost = "" if one.steps_lost is None else f"{text(one.steps_lost)} step{'' if one.steps_lost == 1 else 's'} lost"
         took = [duration(number(value)) for value in (one.detect_s, one.restart_s, one.catch_up_s)]
         cells = [
-            *(cell(index, "n"), cell(clock(number(one.time))[11:] or "–", "nw"), cell(one.attempt, "n")),
+            *(cell(index, "n"), cell(clock(number(one.time))[5:] or "–", "nw"), cell(one.attempt, "n")),
             cell(one.step, "n"),
             f'<td class="nw">{text(one.outcome)}<div class="soft">{rank}</div></td>',
             f'<td class="what">{evidence}<div class="soft">{text(one.decision)}</div></td>',
