@@ -25,7 +25,7 @@ from orchestrator.svg import (
 from orchestrator.timeline import Stretch
 
 LEFT, RIGHT = 58.0, 12.0
-STEPS_TOP, STEPS_FLOOR, LANE, BAND, BAND_FLOOR, HEIGHT = 10.0, 112.0, 134.0, 146.0, 182.0, 218.0
+STEPS_TOP, STEPS_FLOOR, LANE, BAND, BAND_FLOOR, HEIGHT = 10.0, 112.0, 134.0, 146.0, 182.0, 222.0
 DRAWN_SINGLY = 400  # more stretches than this are drawn by columns
 NAMED_FROM = 62.0  # the ledger's bar names what is at least this wide
 
@@ -75,7 +75,14 @@ def timeline(history: History) -> str:
     paper = laid_out(history.controllers)
     stretches = [stretch for one in history.controllers for stretch in one.stretches]
     drawn = singly(stretches, paper) if len(stretches) <= DRAWN_SINGLY else by_column(stretches, paper)
-    parts = [*axis(paper), *progress(history, paper), *drawn, *gaps(paper), *commits(history, paper)]
+    parts = [
+        *axis(paper),
+        *progress(history, paper),
+        *drawn,
+        *gaps(paper),
+        *commits(history, paper),
+        *bad_steps(history, paper),
+    ]
     return drawing(HEIGHT, [*parts, *incidents(history.incidents, paper)], "phases of the run over wall time")
 
 
@@ -84,9 +91,11 @@ def axis(paper: Paper) -> list[str]:
         label(LEFT - 8, LANE - 2, "failures", "end"),
         label(LEFT - 8, (BAND + BAND_FLOOR) / 2 + 3.5, "phase", "end"),
     ]
+    floor = BAND_FLOOR + 12
+    parts += [line(start, floor, paper.end(i), floor, "axis") for i, start in enumerate(paper.starts)]
     for seconds in time_ticks(worked(paper.controllers)):
         at = paper.after(seconds)
-        parts += [line(at, BAND_FLOOR + 9, at, BAND_FLOOR + 14, "axis"), label(at, HEIGHT - 8, elapsed(seconds))]
+        parts += [line(at, BAND_FLOOR + 12, at, BAND_FLOOR + 17, "axis"), label(at, HEIGHT - 8, elapsed(seconds))]
     return parts
 
 
@@ -125,10 +134,15 @@ def progress(history: History, paper: Paper) -> list[str]:
         ):
             way.pop()
         way.append(here)
-    path, last = "", -1
+    path, last, highest = "", -1, 0
     for whose, at, step in way:
-        path += f"{'L' if whose == last else 'M'}{at:.1f} {y(step):.1f}"
-        last = whose
+        if whose != last:
+            path += f"M{at:.1f} {y(step):.1f}"
+        elif step <= highest:
+            path += f"H{at:.1f}V{y(step):.1f}"
+        else:
+            path += f"L{at:.1f} {y(step):.1f}"
+        last, highest = whose, step
     return [*parts, f'<path class="kept" d="{path}"/>'] if path else parts
 
 
@@ -177,25 +191,43 @@ def by_column(stretches: Sequence[Stretch], paper: Paper) -> list[str]:
 def commits(history: History, paper: Paper) -> list[str]:
     places = {int(paper.place(e["time"])): whole(e.get("step")) for e in history.events if e.get("event") == "commit"}
     titles = {at: titled(f"checkpoint of step {step} is whole") for at, step in places.items()}
-    return [f"<g>{title}{line(at, BAND_FLOOR + 2, at, BAND_FLOOR + 8, 'commit')}</g>" for at, title in titles.items()]
+    dot = f'cy="{BAND_FLOOR + 6:.1f}" r="{2.6 if len(places) < 80 else 1.4}"'
+    return [f'<circle class="b-save" cx="{at}" {dot}>{title}</circle>' for at, title in titles.items()]
+
+
+def bad_steps(history: History, paper: Paper) -> list[str]:
+    """Steps whose update was not applied, at the time at which the controller learned of them."""
+    places: dict[int, list[int]] = {}
+    for event in history.events:
+        if event.get("event") == "bad_step":
+            places.setdefault(int(paper.place(event["time"]) / 3), []).append(whole(event.get("step")))
+    parts = []
+    for place, steps in places.items():
+        named = f"steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
+        shape = f'<path class="odd" d="M{place * 3:.1f} {LANE - 1:.1f}l4.5 4.5l-4.5 4.5l-4.5 -4.5z"/>'
+        parts.append(f"<g>{titled(f'{named}: update not applied')}{shape}</g>")
+    return parts
 
 
 def incidents(found: Sequence[Incident], paper: Paper) -> list[str]:
-    """A triangle each, its number where there is room; numbered as in the table. Of those in one place, the first."""
-    parts, free, seen = [], 0.0, set()
+    """A triangle for those of one place, numbered as in the table where there is room."""
+    places: dict[int, list[tuple[int, Incident]]] = {}
     for number, one in enumerate(found, 1):
+        places.setdefault(int(paper.place(one.time) / 2), []).append((number, one))
+    parts, free = [], 0.0
+    for here in (places[place] for place in sorted(places)):
+        (first, one), (last, _) = here[0], here[-1]
         at = paper.place(one.time)
-        if int(at) in seen:
-            continue
-        seen.add(int(at))
-        title = titled(f"{number}: {one.outcome}, rank {one.rank}, after step {one.step}: {str(one.evidence)[:160]}")
-        shape = f"M{at - 4.5:.1f} {LANE:.1f}h9l-4.5 8z"
+        said = [f"{n}: {i.outcome}, rank {i.rank}, after step {i.step}: {str(i.evidence)[:120]}" for n, i in here[:8]]
+        shown = str(first) if first == last else f"{first}–{last}"
+        half = 3.0 + 3.5 * len(shown)
+        shape = f'<path class="wrong" d="M{at - 4.5:.1f} {LANE:.1f}h9l-4.5 8z"/>'
+        named = ""
+        if at - half >= free:
+            named = label(at, LANE - 5, shown, kind="wrong number")
+            free = at + half
         lines = line(at, LANE + 7, at, BAND_FLOOR, "bad")
-        shown = ""
-        if at >= free:
-            shown = label(at, LANE - 5, str(number), kind="wrong number")
-            free = at + 5.0 + 7.0 * len(str(number))
-        parts.append(f'<a href="#incident-{number}">{title}{lines}<path class="wrong" d="{shape}"/>{shown}</a>')
+        parts.append(f'<a href="#incident-{first}">{titled(chr(10).join(said))}{lines}{shape}{named}</a>')
     return parts
 
 

@@ -13,7 +13,7 @@ LEFT, RIGHT, TOP, BOTTOM = 58.0, 12.0, 24.0, 26.0
 PLOT_WIDTH = WIDTH - LEFT - RIGHT
 STRIP = 4.0  # width of what answers to the pointer
 DOTS = 60  # so few points are drawn as dots too
-OUTLIER, KEPT = 20.0, 5.0  # a peak above OUTLIER times the usual range is cut at KEPT times it
+OUTLIER = 20.0  # a peak above so many times the usual range is cut off
 
 Points = Sequence[tuple[int, float]]
 
@@ -50,12 +50,13 @@ def columns(points: Points, x: Scale, width: float = 1.0) -> list[Column]:
     found: list[Column] = []
     here: list[float] = []
     place, first, before, hole, broken = -1, 0, 0, True, True
+    per_step, finite = (x.at_high - x.at_low) / (x.high - x.low) / width, math.isfinite
     for step, value in [*points, (-1, 0.0)]:
-        at = int(x(step) / width) if step >= 0 else -2
+        at = int((step - x.low) * per_step) if step >= 0 else -2
         if here and (at != place):
             found.append(Column(first, before, min(here), max(here), sum(here) / len(here), broken))
             here = []
-        if step < 0 or not math.isfinite(value):
+        if step < 0 or not finite(value):
             hole = True
             continue
         hole = hole or step != before + 1
@@ -80,14 +81,14 @@ def runs(found: Sequence[Column]) -> Iterable[list[Column]]:
 
 def limits(curve: Curve) -> tuple[float, float]:
     """Of the value's axis. A peak far above all else does not flatten it."""
-    values = sorted(v for _, v in [*curve.points, *curve.evals, *(p for one in curve.passes for p in one)])
-    values = [value for value in values if math.isfinite(value)]
+    told = [*curve.points, *curve.evals, *(point for one in curve.passes for point in one)]
+    values = sorted(value for _, value in told if math.isfinite(value))
     if not values:
         return 0.0, 1.0
     low, high = 0.0 if curve.from_zero else values[0], values[-1]
     usual = values[int(0.98 * (len(values) - 1))] - low
     if usual > 0 and high - low > OUTLIER * usual:
-        high = low + KEPT * usual
+        high = max(value for value in values if value - low <= OUTLIER * usual)
     if high <= low:
         room = abs(high) * 0.1 or 1.0
         return (low, high + room) if curve.from_zero else (low - room, high + room)
@@ -108,14 +109,14 @@ def trace(found: Sequence[Column], x: Scale, y: Scale, kind: str) -> list[str]:
             continue
         way = "L".join(f"{at:.1f} {y(c.mean):.1f}" for at, c in places)
         parts.append(f'<path class="{kind}" d="M{way}"/>')
-        if len(found) <= DOTS:
+        if len(found) <= DOTS and kind == "kept":
             parts += [f'<circle class="{kind} dot" cx="{a:.1f}" cy="{y(c.mean):.1f}" r="2.2"/>' for a, c in places]
     return parts
 
 
 def frame(curve: Curve, x: Scale, y: Scale, floor: float) -> list[str]:
     parts = []
-    across, up = ticks(x.low, x.high, 10, least=1.0), ticks(y.low, y.high, max(3, int(curve.height / 48)))
+    across, up = ticks(x.low, x.high, 10, least=1.0), ticks(y.low, y.high, max(4, int(curve.height / 40)))
     for value in up:
         parts += [line(LEFT, y(value), WIDTH - RIGHT, y(value), "grid")]
         parts += [label(LEFT - 8, y(value) + 3.5, short(value, up[1] - up[0] if len(up) > 1 else 0.0), "end")]

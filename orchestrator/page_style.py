@@ -33,9 +33,9 @@ p{margin:0 0 8px}.soft,.note{color:var(--soft)}.note{font-size:13px}
 header{margin-bottom:20px}.top{display:flex;gap:12px;align-items:center;flex-wrap:wrap;margin-bottom:4px}
 .badge{padding:2px 11px;border-radius:99px;font-size:13px;font-weight:600;border:1px solid currentColor}
 .good{color:var(--eval)}.busy{color:var(--kept)}.poor{color:var(--bad)}.rest{color:var(--soft)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(125px,1fr));gap:10px;margin:18px 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(128px,1fr));gap:10px;margin:18px 0}
 .tile,section{background:var(--card);border:1px solid var(--edge);border-radius:10px}
-.tile{padding:10px 14px}.tile b{display:block;font-size:21px;font-weight:600;line-height:1.3;white-space:nowrap;
+.tile{padding:10px 14px}.tile b{display:block;font-size:19px;font-weight:600;line-height:1.3;white-space:nowrap;
 font-variant-numeric:tabular-nums}.tile span{font-size:12.5px;color:var(--soft)}
 section{padding:18px 20px;margin-bottom:16px}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:3px 20px;margin:8px 0 0}
@@ -50,7 +50,7 @@ td:last-child,th:last-child{padding-right:0}tr:last-child td{border-bottom:0}
 tfoot td{font-weight:600;border-top:1px solid var(--axis)}.faint td{color:var(--soft)}
 tr:target td{background:var(--again)}
 details summary{cursor:pointer}details[open] summary{margin-bottom:4px}
-.what{min-width:280px;overflow-wrap:anywhere}
+.fill{width:100%}.what{min-width:240px;overflow-wrap:anywhere}
 .legend{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:12.5px;color:var(--soft);margin:2px 0 6px}
 .legend span{display:inline-flex;align-items:center;gap:6px}
 .key{display:inline-block;width:11px;height:11px;border-radius:3px;flex:none}
@@ -70,10 +70,10 @@ svg .on{font-size:12px}
 .kept.dot{fill:var(--kept);stroke:none}.replaced.dot{fill:var(--replaced);stroke:none}
 .kept.spread{fill:var(--kept);fill-opacity:.2;stroke:none}.replaced.spread{fill:var(--replaced);fill-opacity:.2;stroke:none}
 .again{fill:var(--again)}.turn{stroke:var(--turn);stroke-dasharray:3 3}
-.bad{stroke:var(--bad);stroke-opacity:.55}.wrong{fill:var(--bad)}.above{fill:var(--kept)}
+.bad{stroke:var(--bad);stroke-opacity:.55}.wrong{fill:var(--bad)}.odd{fill:var(--replaced)}.above{fill:var(--kept)}
 .eval{fill:var(--eval);stroke:var(--card);stroke-width:1.2}
 .strip{fill:transparent}.strip:hover{fill:var(--ink);fill-opacity:.12}
-.gap{fill:var(--gap)}.commit{stroke:var(--soft);stroke-width:1.2}.piece{stroke:var(--card);stroke-width:1.5}
+.gap{fill:var(--gap)}.piece{stroke:var(--card);stroke-width:1.5}
 footer{font-size:12.5px;color:var(--soft);text-align:center}
 @media(max-width:600px){dl{grid-template-columns:1fr}dt{margin-top:6px}section{padding:14px}}
 @media print{body{background:#fff}section,.tile{break-inside:avoid}}

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 
 from orchestrator import bars, curves
@@ -28,6 +29,7 @@ MEANS = {
 }
 LOOKS = {"finished": "good", "running": "busy", "stopped": "rest"}
 INCIDENTS_SHOWN = 500
+SMOOTHED = 8  # steps: those of one window come back together, so that one alone tells no speed
 
 
 def page(history: History) -> str:
@@ -75,7 +77,7 @@ def header(history: History) -> str:
     speeds = sorted(row.tokens_per_s for row in rows if math.isfinite(row.tokens_per_s))
     goodput = number(history.goodput.get("goodput"))
     tiles = [
-        (f"{last.step if last else 0:,} / {steps:,}" if isinstance(steps, int) else str(steps), "steps"),
+        (f"{last.step if last else 0:,}", f"of {steps:,} steps" if isinstance(steps, int) else "steps"),
         (figure(last.loss if last else math.nan), "loss"),
         (figure(last.bits_per_byte if last else math.nan), "bits per byte"),
         (short(speeds[len(speeds) // 2]) if speeds else "–", "tokens/s, median"),
@@ -116,7 +118,7 @@ def commands(history: History) -> str:
     rows = []
     for attempt, following in zip(history.manifest.attempts, [*starts[1:], math.inf], strict=False):
         ends = [one.end for one in history.controllers if attempt.time <= one.began < following]
-        overrides = f"<td><code>{text(' '.join(attempt.overrides)) or 'none'}</code></td>"
+        overrides = f'<td class="fill"><code>{text(" ".join(attempt.overrides)) or "none"}</code></td>'
         cells = [
             cell(clock(attempt.time), "nw"),
             cell(attempt.command),
@@ -157,6 +159,19 @@ def bands(passes: Sequence[Sequence[Row]]) -> list[tuple[int, int]]:
     return found
 
 
+def speeds(rows: Sequence[Row]) -> list[tuple[int, float]]:
+    """tokens/s over the newest SMOOTHED steps of one attempt, up to each step."""
+    found, newest = [], deque[Row](maxlen=SMOOTHED)
+    for row in rows:
+        if newest and newest[-1].attempt != row.attempt:
+            newest.clear()
+        if row.tokens_per_s > 0:
+            newest.append(row)
+        slowness = [1.0 / one.tokens_per_s for one in newest]
+        found.append((row.step, len(slowness) / sum(slowness) if row.tokens_per_s > 0 else math.nan))
+    return found
+
+
 def training(history: History) -> str:
     rows, passes = final(history.rows), replaced(history.rows)
     again = bands(passes)
@@ -166,8 +181,8 @@ def training(history: History) -> str:
         if row.attempt != before.attempt
     ]
     wrong = [
-        (row.step, "its update was not applied" if not row.ok else "no finite loss")
-        for row in rows
+        (row.step, "no finite loss" if row.ok else "its update was not applied")
+        for row in sorted(history.rows, key=lambda row: row.step)
         if not row.ok or math.isnan(row.loss)
     ]
     evals = [(one.step, one.loss) for one in history.evals]
@@ -184,8 +199,8 @@ def training(history: History) -> str:
     speed = Curve(
         "tokens/s",
         200.0,
-        [(r.step, r.tokens_per_s) for r in rows],
-        [[(r.step, r.tokens_per_s) for r in p] for p in passes],
+        speeds(rows),
+        [speeds(p) for p in passes],
         again,
         turns,
         from_zero=True,
@@ -207,7 +222,8 @@ def training(history: History) -> str:
         keys.append(("down", "", f"update not applied, or no finite loss ({len(wrong)})"))
     return f"""<section><h2>Training</h2>{legend(*keys)}
 <h3>Loss, nats per token, over steps</h3><div class="wide">{curves.draw(loss)}</div>
-<h3>Throughput, tokens/s, over steps</h3><div class="wide">{curves.draw(speed)}</div></section>"""
+<h3>Throughput, tokens/s, over steps: each with the {SMOOTHED - 1} before it</h3>
+<div class="wide">{curves.draw(speed)}</div></section>"""
 
 
 def timeline(history: History) -> str:
@@ -216,7 +232,7 @@ def timeline(history: History) -> str:
     keys = [(bars.kind(name), "", name) for name in ordered]
     several = len(history.controllers) > 1
     note = "Time during which a controller lived" + (", end to end; gray is the time between two." if several else ".")
-    note += " Small ticks below: checkpoints that became whole."
+    note += " Dots: checkpoints that became whole; diamonds: updates not applied."
     return f"""<section><h2>Timeline</h2><p class="note">{note}</p><div class="wide">{bars.timeline(history)}</div>
 {legend(*keys)}</section>"""
 
@@ -230,17 +246,20 @@ def incidents(history: History) -> str:
         evidence = text(said)
         if len(said) > 140:
             evidence = f"<details><summary>{text(said[:120])}…</summary>{evidence}</details>"
+        rank = "" if one.rank is None else f"rank {text(one.rank)}"
+        lost = "" if one.steps_lost is None else f"{text(one.steps_lost)} step{'' if one.steps_lost == 1 else 's'} lost"
         took = [duration(number(value)) for value in (one.detect_s, one.restart_s, one.catch_up_s)]
         cells = [
-            *(cell(index, "n"), cell(clock(number(one.time))[11:] or "–", "nw"), cell(one.attempt, "n")),
-            *(cell(one.step, "n"), cell(one.outcome, "nw"), cell("–" if one.rank is None else one.rank, "n")),
-            f'<td class="what">{evidence}<br><span class="soft">{text(one.decision)}</span></td>',
-            *(cell(one.source or "–"), cell("–" if one.steps_lost is None else one.steps_lost, "n")),
+            *(cell(index, "n"), cell(clock(number(one.time))[5:] or "–", "nw"), cell(one.attempt, "n")),
+            cell(one.step, "n"),
+            f'<td class="nw">{text(one.outcome)}<div class="soft">{rank}</div></td>',
+            f'<td class="what">{evidence}<div class="soft">{text(one.decision)}</div></td>',
+            f'<td class="nw">{text(one.source or "–")}<div class="soft">{lost}</div></td>',
             *(cell(seconds, "n") for seconds in took),
         ]
         rows.append(f'<tr id="incident-{index}">{"".join(cells)}</tr>')
-    head = [("n", "#"), ("", "at"), ("n", "attempt"), ("n", "step"), ("", "outcome"), ("n", "rank")]
-    head += [("", "evidence and decision"), ("", "restored from"), ("n", "steps lost")]
+    head = [("n", "#"), ("", "at"), ("n", "attempt"), ("n", "step"), ("", "outcome")]
+    head += [("", "evidence and decision"), ("", "restored from")]
     head += [("n", "detect"), ("n", "restart"), ("n", "catch up")]
     left = len(history.incidents) - INCIDENTS_SHOWN
     more = f'<p class="note">and {left} more in goodput.json</p>' if left > 0 else ""

@@ -78,6 +78,8 @@ def time_ticks(length_s: float, about: int = 8) -> list[float]:
 
 def short(value: float, apart: float = 0.0) -> str:
     """12500 as 12.5k. apart: from one tick to the next, which says how many digits tell them apart."""
+    if not value:
+        return "0"
     size = max(abs(value), apart)
     unit, letter = next(((u, s) for u, s in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if size >= u), (1.0, ""))
     if size >= 1e15:

@@ -70,7 +70,10 @@ def test_a_folder_imports_only_what_the_house_allows(file: str) -> None:
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        ("launch.train, launch.resume, launch.status, launch.convert, launch.plan", {"ray", "wandb", *JAX}),
+        (
+            "launch.train, launch.resume, launch.status, launch.report, launch.convert, launch.plan",
+            {"ray", "wandb", *JAX},
+        ),
         ("orchestrator.run, orchestrator.worker", JAX),
         (", ".join(sorted(PLAIN)), {"ray", "hydra", "wandb", "orchestrator", "launch", *JAX}),
     ],
