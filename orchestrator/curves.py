@@ -53,7 +53,7 @@ def columns(points: Points, x: Scale, width: float = 1.0) -> list[Column]:
     per_step, finite = (x.at_high - x.at_low) / (x.high - x.low) / width, math.isfinite
     for step, value in [*points, (-1, 0.0)]:
         at = int((step - x.low) * per_step) if step >= 0 else -2
-        if here and (at != place):
+        if here and at != place:
             found.append(Column(first, before, min(here), max(here), sum(here) / len(here), broken))
             here = []
         if step < 0 or not finite(value):
