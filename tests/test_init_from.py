@@ -24,7 +24,7 @@ def initial(program: Program, cache: Path) -> TrainState:
     """What `Trainer.restore(None)` starts with, without the data and the train step."""
     trainer = object.__new__(Trainer)
     trainer.program, trainer.cache = program, cache
-    trainer.functions = functions(program, make_mesh(program.mesh))
+    trainer.functions, trainer.packing = functions(program, make_mesh(program.mesh)), {}
     return trainer.initial()
 
 
