@@ -1,9 +1,9 @@
 """From a fault to the next new step: a killed host process, a lost host; beside Ray Train's JaxTrainer in one go.
 
-python -m tests.bench.recovery [ROUNDS] [PEER_SCRIPT]     both kinds of fault, two of each a round
+python -m tests.bench.recovery [ROUNDS] [PEER_PYTHON PEER_SCRIPT]     both kinds of fault, two of each a round
 
 Ours is `model=tiny` on the simulated v5p-16, the peer's a trivial step. The peer is left out where its script is not
-given. The floor is what four bare processes take that nobody has to notice, place or restore.
+given; its Python needs ray[train].
 """
 
 import json
@@ -69,8 +69,8 @@ def after(folder: Path, at: float) -> dict[str, Any]:
 EVENTS = ("failure", "reserve", "start", "restore")
 
 
-def peer(script: str) -> list[tuple[float, int]]:
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600, env=os.environ)
+def peer(command: list[str]) -> list[tuple[float, int]]:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ)
     found = re.findall(r"next step after ([\d.]+) s, (-?\d+) steps lost", done.stdout)
     assert found, done.stdout + done.stderr
     return [(float(seconds), int(lost)) for seconds, lost in found]
@@ -87,15 +87,15 @@ def told(name: str, found: list[dict[str, Any]]) -> float:
 
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    script = sys.argv[2] if len(sys.argv) > 2 else None
+    command = sys.argv[2:4]
     killed, lost, peers = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         finish(launch("train", f"run.root={root}", "run.id=warm", "train.steps=30", "eval.every=0"), 0)
         for round_ in range(rounds):
             killed += ours(root, f"process-{round_}", "process")
-            if script:
-                peers += peer(script)
+            if command:
+                peers += peer(command)
             lost += ours(root, f"host-{round_}", "host")
     mine = told("a process killed", killed)
     told("a host lost", lost)
