@@ -37,6 +37,7 @@ def open_manager(folder: Path, config: Checkpoint, barrier: Any = None) -> ocp.C
         enable_async_checkpointing=True,
         async_options=ocp.AsyncOptions(timeout_secs=COMMIT_S, barrier_sync_fn=barrier),
         cleanup_tmp_directories=True,
+        lightweight_initialize=True,  # reads nothing of what lies there: a torn one is a matter of its own restore
     )
     return ocp.CheckpointManager(folder, options=options)
 
