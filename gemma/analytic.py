@@ -10,6 +10,7 @@ from gemma.config import Program
 
 RECOMPUTED = {"none": 0.0, "dots": 0.0, "narrow": 0.5, "full": 1.0}  # of the forward products, in the backward pass
 UPDATE_BYTES = 28  # a parameter: itself and two moments read and written, its gradient read, float32
+BESIDE = 0.05  # of HBM at most is a copy of the state that lies there while a step runs
 LAYERS_IN_FLIGHT = 2  # a pair is rematerialised and gathered at once
 
 
@@ -35,6 +36,7 @@ def hbm_bytes(program: Program) -> float:
     width = 2 if train.dtype == "bfloat16" else 4
     embedding, other = flops.parameters(model)
     state = 16 * (embedding + other) / (mesh.fsdp * mesh.tensor)  # weights, two moments, gradients, float32
+    state *= 1 + 0.75 * state_copies(program)  # of all but the gradients
     layer = other / model.layers / mesh.tensor * width
     table = embedding / mesh.tensor * width
     rows = program.train.batch / mesh.batch_shards / train.accumulation
@@ -43,6 +45,17 @@ def hbm_bytes(program: Program) -> float:
     wide = 3 * model.hidden / mesh.tensor + 6 * model.width
     working = LAYERS_IN_FLIGHT * (tokens(program) * width * wide + 2 * layer)
     return state + kept + max(working, 2 * table + logits)
+
+
+def state_copies(program: Program) -> int:
+    """Of weights and moments, beside a step: on their way to host memory, and to disk. None where they are large:
+    training waits for them then (`gemma.snapshot.fits_beside`).
+    """
+    kept, mesh = program.checkpoint, program.mesh
+    copy_bytes = 12 * sum(flops.parameters(program.model)) / (mesh.fsdp * mesh.tensor)
+    if copy_bytes > BESIDE * v5p.HBM_BYTES:
+        return 0
+    return (kept.snapshot != "off") + (kept.every > 0 or kept.every_minutes > 0)
 
 
 def pair_elements(program: Program, remat: str) -> float:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -31,7 +32,13 @@ def open_manager(folder: Path, config: Checkpoint, barrier: Any = None) -> ocp.C
     keep: list[policies.PreservationPolicy] = [policies.LatestN(config.keep_last)]
     if config.keep_every:
         keep.append(policies.EveryNSteps(config.keep_every))
+    # Named, the hosts meet through JAX's coordinator, and a save may run beside training; else by a program on the
+    # devices, which there waits for the step that waits for it.
+    several = set(range(jax.process_count())) if jax.process_count() > 1 else None
+    folder.mkdir(parents=True, exist_ok=True)
     options = ocp.CheckpointManagerOptions(
+        create=False,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=several),
         save_decision_policy=policies.FixedIntervalPolicy(1),
         preservation_policy=policies.AnyPreservationPolicy(keep),
         enable_async_checkpointing=True,
@@ -42,14 +49,13 @@ def open_manager(folder: Path, config: Checkpoint, barrier: Any = None) -> ocp.C
     return ocp.CheckpointManager(folder, options=options)
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: TrainState, summing: Any = None) -> None:
+def save(manager: ocp.CheckpointManager, step: int, state: TrainState, summed: jax.Array | None = None) -> None:
     """Returns once the state is copied off the devices; the commit follows in the background.
 
-    summing: the program of `gemma.sums`. Its few bytes are fetched first, to be committed together with the arrays;
-    without it nothing is summed.
+    summed: by the program of `gemma.sums`, to be committed together with the arrays.
     """
     if step not in manager.all_steps():
-        noted = {"sums": sums.told(state, summing(state))} if summing else None
+        noted = {"sums": sums.told(state, summed)} if summed is not None else None
         manager.save(step, args=ocp.args.StandardSave(state._asdict()), custom_metadata=noted, force=True)
 
 

@@ -55,7 +55,7 @@ class Ran:
     bad: tuple[Bad, ...]
     halted: bool  # the hosts make no step more before they are brought back to one
     snapshots: int  # taken meanwhile
-    wait_s: float  # for them to be written, each while the devices had a step to do
+    wait_s: float  # for them while the devices had nothing to do
     data_s: float  # that the devices stood still for the next batch
 
 

@@ -1,33 +1,45 @@
-"""Saves on storage that may be full or failing: asked first, agreed on by all hosts, and no error stops training.
+"""Saves beside training, on storage that may be full or failing: agreed on by all hosts, and no error stops training.
 
-A save that cannot be is refused before any host enters Orbax. One that fails later, in the background, is told by
-`poll`; what it left behind is removed, what was committed before stays.
+A thread has a copy of the state and does the rest: asks the storage, votes with the other hosts' threads, writes. A
+save that cannot be is refused before any host enters Orbax. What becomes of one is told by `poll`; what a failed one
+left behind is removed, what was committed before stays.
 """
 
 import contextlib
 import math
 import os
+import queue
 import shutil
 import threading
-import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from gemma import checkpoint
 from gemma.config import Checkpoint
 from gemma.reports import Failed
+from gemma.slots import YIELDING
 from gemma.step import TrainState
 from gemma.votes import SaveFailedError, Votes, agree, here, of_this_process, told
 
-BUSY_S = 10.0  # training waits so long for the save before; then this one is put off
+BUSY_S = 10.0  # training waits so long for the save before; then this one fails
 PROBE_S = 10.0  # for storage to take PROBE_BYTES
 PROBE_BYTES = 4096
-POLL_S = 0.02
 UNFINISHED = "*.orbax-checkpoint-tmp*"
+
+
+@dataclass(frozen=True)
+class Job:
+    step: int
+    state: TrainState | None  # a copy; None where the save before took too long for one to be made
+    off: threading.Event = field(default_factory=threading.Event)  # the devices are not needed for it any more
+    summed: Any = None  # uint32 [leaves, 2] on the devices, of `gemma.sums`; None is unsummed
 
 
 @dataclass
@@ -39,13 +51,14 @@ class Saver:
     bytes: int  # of a checkpoint, all hosts together: they share the storage
     votes: Votes = field(default_factory=of_this_process)
     manager: ocp.CheckpointManager = field(init=False)
-    step: int | None = None  # being written
-    failed: Failed | None = None  # not yet told
+    jobs: queue.Queue[Job] = field(default_factory=queue.Queue)
+    failed: deque[Failed] = field(default_factory=deque)  # not yet told
     stale: bool = False  # the manager does not know what is on disk
     probing: threading.Thread | None = None
 
     def __post_init__(self) -> None:
         self.manager = checkpoint.open_manager(self.folder, self.config, self.votes)
+        threading.Thread(target=work, args=(self,), daemon=True, name="saves").start()
 
 
 def open_saver(folder: Path, config: Checkpoint, state: Any) -> Saver:
@@ -53,50 +66,65 @@ def open_saver(folder: Path, config: Checkpoint, state: Any) -> Saver:
     return Saver(folder, config, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)))
 
 
-def save(saver: Saver, step: int, state: TrainState, summing: Any = None) -> str | None:
-    """Returns once the state is copied off the devices, the commit follows in the background; or what is in the way,
-    the same on all hosts, and then nothing is written.
+def copying(state: TrainState) -> Any:
+    """The program: a state that stays when the step takes the other. state: of jax.ShapeDtypeStruct with shardings."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=places)
+
+
+def begin(saver: Saver, step: int, copied: Callable[[], tuple[TrainState, Any]]) -> Job:
+    """Has a step saved. Every host must come to this, in the same order.
+
+    copied: a copy of the state that nothing else will use, and its sums; asked for once there is room for it.
     """
-    settle(saver, BUSY_S)
-    problem = trouble(saver)
-    there = problem is None and step in saver.manager.all_steps()
-    problem, there = agree(saver.votes, f"{here(saver.votes.rank)}: {problem}" if problem else None, there)
-    if problem or there:
-        return problem
-    try:
-        checkpoint.save(saver.manager, step, state, summing)
-    except OSError as error:
-        if saver.votes.client:
-            raise  # the other hosts are inside
-        saver.manager = checkpoint.open_manager(saver.folder, saver.config, saver.votes)
-        return f"{here(saver.votes.rank)}: {told(error)}"
-    saver.step = step
-    return None
-
-
-def poll(saver: Saver) -> Failed | None:
-    """The save that failed since the last call, if any. Costs nothing and never raises."""
-    if saver.step is not None and not saver.manager.is_saving_in_progress():
-        step, saver.step = saver.step, None
-        try:
-            saver.manager.wait_until_finished()
-        except Exception as error:
-            host = "" if isinstance(error, SaveFailedError) else f"{here(saver.votes.rank)}: "
-            saver.failed, saver.stale = Failed(step, host + told(error)), True
-            clear(saver)
-    failed, saver.failed = saver.failed, None
-    return failed
+    state, summed = copied() if settle(saver, BUSY_S) else (None, None)
+    saver.jobs.put(job := Job(step, state, summed=summed))
+    return job
 
 
 def settle(saver: Saver, wait_s: float) -> bool:
-    """Waits for the save that is under way; whether none is any more. How it came out is for `poll` to tell."""
-    deadline = time.monotonic() + wait_s
-    while saver.step is not None and saver.manager.is_saving_in_progress():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(POLL_S)
-    saver.failed = poll(saver)
-    return True
+    """Waits for the saves that are under way; whether none is any more. How they came out is for `poll` to tell."""
+    with saver.jobs.all_tasks_done:
+        wait_s = min(wait_s, threading.TIMEOUT_MAX)
+        return saver.jobs.all_tasks_done.wait_for(lambda: not saver.jobs.unfinished_tasks, wait_s)
+
+
+def poll(saver: Saver) -> Failed | None:
+    """A save that failed and was not yet told of. Costs nothing and never raises."""
+    return saver.failed.popleft() if saver.failed else None
+
+
+def work(saver: Saver) -> None:
+    """The thread: one save after another, with what training leaves of the processor."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), YIELDING)
+    while True:
+        job = saver.jobs.get()
+        step = job.step
+        try:
+            problem = write(saver, job)
+        except Exception as error:
+            host = "" if isinstance(error, SaveFailedError) else f"{here(saver.votes.rank)}: "
+            problem, saver.stale = host + told(error), True
+            clear(saver)
+        job.off.set()
+        if problem:
+            saver.failed.append(Failed(step, problem))
+        del job
+        saver.jobs.task_done()
+
+
+def write(saver: Saver, job: Job) -> str | None:
+    """Returns once the step is whole on disk, or what is in the way, the same on all hosts. Raises as Orbax does."""
+    problem = trouble(saver) if job.state is not None else f"the save before is not done after {BUSY_S:.0f} s"
+    there = problem is None and job.step in saver.manager.all_steps()
+    problem, there = agree(saver.votes, f"{here(saver.votes.rank)}: {problem}" if problem else None, there)
+    if problem or there:
+        return problem
+    assert job.state is not None
+    checkpoint.save(saver.manager, job.step, job.state, job.summed)
+    job.off.set()
+    saver.manager.wait_until_finished()
+    return None
 
 
 def drop_after(saver: Saver, step: int) -> None:
@@ -117,8 +145,6 @@ def clear(saver: Saver) -> None:
 
 def trouble(saver: Saver) -> str | None:
     """What stands in the way of a save on this host."""
-    if saver.step is not None:
-        return f"step {saver.step} is still being written"
     if saver.probing and saver.probing.is_alive():
         return f"{saver.folder} has not answered since the last save was tried"
     found: list[str | None] = []

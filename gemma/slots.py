@@ -1,8 +1,8 @@
 """Snapshots of a host's share of the state, in memory that outlives the process which writes them. No JAX.
 
-A file in memory (memfd) belongs to one share. It holds a page that says how far training has come, then three slots:
-the newest snapshot, the one before, and the one being written. A step is given up only once its successor is whole,
-and hosts are never more than one snapshot apart, so there is always a step that all of them hold.
+A file in memory (memfd) belongs to one share. It holds a page that says how far training has come, then four slots:
+the newest snapshot, the two before, and the one being written. While a host writes step n the slowest may still be
+writing n-2, as no host is further ahead than that; so all of them hold n-3 or a later one, whenever they die.
 """
 
 import json
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SLOTS = 3
+SLOTS = 4
+YIELDING = 10  # niceness of what is done beside training: it has what training leaves of the processor
 PROGRESS = struct.Struct("<qd")  # steps done by the process that writes here, and the time.time() of the last
 HEADER = struct.Struct("<qq")  # step of a whole snapshot, or EMPTY; bytes of its notes
 EMPTY = -1
@@ -75,7 +76,7 @@ def held(slots: Slots) -> dict[int, int]:
 
 
 def begin(slots: Slots, step: int) -> tuple[int, memoryview]:
-    """Gives up a step that has both a whole successor and one more; returns its slot and where the share goes."""
+    """Gives up the oldest step where all slots are taken; returns its slot and where the share goes."""
     there = held(slots)
     free = [slot for slot in range(SLOTS) if slot not in there.values()]
     # A step done again: its old snapshot may be of another history.

@@ -8,11 +8,13 @@ that outlives this process and sends it to another host's.
 import hashlib
 import json
 import math
+import os
 import queue
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma import slots, wire
+from gemma.analytic import BESIDE
+from gemma.reports import Evaluated, Row
 from gemma.slots import Slots
 from gemma.step import TrainState
 from gemma.wire import Address, Source
@@ -57,6 +61,16 @@ def share_of(state: TrainState, mesh: jax.sharding.Mesh) -> Share:
     leaves = [(jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype)) for path, leaf in flat]
     seen = repr([leaves, mesh.devices.shape[1:], parts])
     return Share(hashlib.sha256(seen.encode()).hexdigest()[:24], words, parts)
+
+
+def fits_beside(copy_bytes: float, device_bytes: float) -> bool:
+    """Whether a copy of the state may lie on a device while a step runs. Else training waits until it is off again."""
+    return copy_bytes <= BESIDE * device_bytes
+
+
+def device_bytes() -> float:
+    """Memory of a device; infinite where it is the host's."""
+    return float((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf))
 
 
 def flat_shape(state: TrainState, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
@@ -133,6 +147,12 @@ def read(source: Source, share: Share, step: int) -> tuple[np.ndarray, Any]:
     return words.reshape(len(share.parts), share.words), noted
 
 
+def noted(attempt: int, rows: Sequence[Row], evals: Sequence[Evaluated]) -> bytes:
+    """What goes with a snapshot: results that a controller which dies now would never hear of."""
+    found = {"attempt": attempt, "rows": [asdict(row) for row in rows], "evals": [asdict(one) for one in evals]}
+    return json.dumps(found).encode()
+
+
 class Keeping:
     """A thread that brings packed states to memory, one at a time."""
 
@@ -144,29 +164,33 @@ class Keeping:
         self.failed: str | None = None  # why the last copy did not reach the buddy
         self.written = threading.Event()
         self.written.set()
-        self.queue: queue.Queue[tuple[int, jax.Array, Any]] = queue.Queue(1)
+        self.waited_s = 0.0  # by who hands over
+        self.queue: queue.Queue[tuple[int, jax.Array, Callable[[], bytes]]] = queue.Queue(1)
         threading.Thread(target=self.work, daemon=True, name="snapshots").start()
 
-    def settle(self) -> float:
-        """Waits until the last snapshot is written, so that hosts stay within one of each other; returns the seconds.
-
-        Raises TimeoutError.
-        """
-        started = time.monotonic()
+    def settle(self) -> None:
+        """Waits until the last snapshot is written. Raises TimeoutError."""
         if not self.written.wait(SETTLE_S):
             raise TimeoutError(f"a snapshot was not written within {SETTLE_S:.0f} s")
-        return time.monotonic() - started
 
-    def hand_over(self, step: int, packed: jax.Array, noted: Any) -> None:
+    def hand_over(self, step: int, packed: jax.Array, noted: Callable[[], bytes]) -> None:
+        """noted: makes what goes with it, JSON; called where it holds nobody up.
+
+        Once this returns, the snapshot before this one is whole. The hosts have a step in flight each besides, so they
+        are two snapshots apart at most.
+        """
+        started = time.monotonic()
         self.settle()
+        self.waited_s += time.monotonic() - started
         self.written.clear()
         self.queue.put((step, packed, noted))
 
     def work(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), slots.YIELDING)
         while True:
             step, packed, noted = self.queue.get()
             try:
-                self.write(step, packed, json.dumps(noted).encode())
+                self.write(step, packed, noted())
             except Exception as error:  # the snapshot is lost, training is not
                 self.failed = repr(error)
                 print(f"snapshot of step {step}: {error!r}", flush=True)

@@ -7,7 +7,6 @@ bare machine too: `Trainer(program, folder, cache)` in one process is the whole 
 import itertools
 import math
 import time
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from gemma.sharding import make_mesh
 from gemma.snapshot import Keeping
 from gemma.step import TrainState, functions
 from gemma.tokens import open_tokens
+from gemma.votes import VOTE_S
 from gemma.wire import Address, Source
 
 OVERLAPPED = 0.8  # of a step is still to be done on the devices when the host turns to the next batch
@@ -44,13 +44,14 @@ class Trainer:
         self.functions = functions(program, self.mesh)
         self.packing = dict(zip(("pack", "unpack"), snapshot.packing(self.functions.state, self.mesh), strict=True))
         self.packing["sums"] = sums.summing(self.functions.state, self.mesh)
+        self.packing["copy"] = saving.copying(self.functions.state)
         self.flat = snapshot.flat_shape(self.functions.state, self.mesh)
         self.share = snapshot.share_of(self.functions.state, self.mesh)
+        self.beside = snapshot.fits_beside(4 * self.share.words, snapshot.device_bytes())
         self.train, self.cached = self.compile("train", (self.functions.state, self.functions.batch))
-        self.sums: Any = None  # compiled when first asked for
+        self.made: dict[str, Any] = {}
         self.eval: Any = None  # compiled when first asked for
         self.lap("compile", started)
-        self.pack: Any = None
         self.keeping: Keeping | None = None
         self.attempt = 0
         self.skipped: tuple[int, ...] = ()
@@ -77,9 +78,7 @@ class Trainer:
             "init": (p.model, p.mesh, p.train.seed),
             "train": (p.model, p.mesh, p.data.sequence, *train, p.optim, p.train.steps, *spikes),
             "eval": (p.model, p.mesh, p.data.sequence, *train),
-            "pack": (p.model, p.mesh, p.optim, p.train.steps),
-            "unpack": (p.model, p.mesh, p.optim, p.train.steps),
-            "sums": (p.model, p.mesh, p.optim, p.train.steps),
+            **dict.fromkeys(("pack", "unpack", "sums", "copy"), (p.model, p.mesh, p.optim, p.train.steps)),
         }
         jitted = self.packing[name] if name in self.packing else getattr(self.functions, name)
         return aot.compiled(name, jitted, args, built_from[name], self.cache)
@@ -104,7 +103,7 @@ class Trainer:
         if step is None:
             self.state = self.initial()
         elif source is None:
-            self.state = checkpoint.restore(self.saver.manager, step, self.functions.state, self.summing())
+            self.state = checkpoint.restore(self.saver.manager, step, self.functions.state, self.of_state("sums"))
         else:
             self.state = self.recovered(step, source)
         jax.block_until_ready(self.state.step)
@@ -123,11 +122,11 @@ class Trainer:
             evals=tuple(self.evals),
         )
 
-    def summing(self) -> Any:
-        """The program that tells whether a state is the one that was saved."""
-        if self.sums is None:
-            self.sums, _ = self.compile("sums", (self.functions.state,))
-        return self.sums
+    def of_state(self, name: str) -> Any:
+        """A program that takes a state, compiled when first asked for."""
+        if name not in self.made:
+            self.made[name], _ = self.compile(name, (self.functions.state,))
+        return self.made[name]
 
     def recovered(self, step: int, source: Source) -> TrainState:
         """The state out of host memory, and what was noted with it."""
@@ -140,31 +139,23 @@ class Trainer:
         return state
 
     def keep(self, path: str, buddy: Address | None, attempt: int) -> Kept:
-        """Snapshots go to this host's slots and its buddy's from now on, the first at once.
-
-        attempt: noted with each.
-        """
+        """Snapshots go to this host's slots and its buddy's from now on, the first at once; `attempt` with each."""
         assert self.state is not None
         started = time.monotonic()
-        self.pack, _ = self.compile("pack", (self.functions.state,))
+        pack = self.of_state("pack")
         self.compile("unpack", (self.flat,))  # a recovery finds it in the cache
         self.keeping, self.attempt = Keeping(self.share, self.mesh, path, buddy), attempt
         step = int(self.state.step)
         times = [time.monotonic()]
         for _ in range(PACKINGS):
-            packed = jax.block_until_ready(self.pack(self.state))
+            packed = jax.block_until_ready(pack(self.state))
             times.append(time.monotonic())
         if step not in slots.held(self.keeping.slots):
-            self.keeping.hand_over(step, packed, self.noted())
+            self.keeping.hand_over(step, packed, partial(snapshot.noted, attempt, tuple(self.rows), tuple(self.evals)))
             self.keeping.settle()
         slots.tell_progress(self.keeping.slots, step)
         self.ready = time.monotonic()
         return Kept(min(b - a for a, b in itertools.pairwise(times)), self.ready - started)
-
-    def noted(self) -> dict[str, Any]:
-        """What goes with a snapshot: results that a controller which dies now would never hear of."""
-        rows, evals = [asdict(row) for row in self.rows], [asdict(found) for found in self.evals]
-        return {"attempt": self.attempt, "rows": rows, "evals": evals}
 
     def initial(self) -> TrainState:
         """Random weights, or those of train.init_from; the optimizer is fresh."""
@@ -183,7 +174,8 @@ class Trainer:
         self.rows = [row for row in self.rows if row.step > reported]
         self.evals = [found for found in self.evals if found.step > reported]
         count, keeping, self.bad = len(self.rows), self.keeping, []
-        snapshots, wait_s, data_s = 0, 0.0, 0.0
+        snapshots, data_s, stood_s = 0, 0.0, 0.0
+        waited_s = keeping.waited_s if keeping else 0.0
         flight: list[tuple[int, dict[str, jax.Array], jax.Array | None]] = []
         for step in range(first, last):
             if self.halted:
@@ -193,18 +185,27 @@ class Trainer:
             tokens = data.place(self.functions.batch, partial(self.dataset.train_rows, index))
             hidden_s = OVERLAPPED * self.rows[-1].step_s if self.rows else math.inf
             data_s += max(0.0, time.monotonic() - started - hidden_s)
-            if keeping:
-                wait_s += keeping.settle()  # while the step before this one is under way
             self.state, metrics = self.train(self.state, tokens)
             due = keeping is not None and every > 0 and (step + 1) % every == 0
             snapshots += due
-            flight.append((step + 1, metrics, self.pack(self.state) if due else None))
+            flight.append((step + 1, metrics, self.of_state("pack")(self.state) if due else None))
             if len(flight) > 1:
                 self.take(*flight.pop(0))
+            if keeping and due and not self.beside:
+                self.take(*flight.pop(0))
+                stood_s += self.stand_still(keeping)
         for entry in flight:
             self.take(*entry)
         self.profile_ends(last)
+        hidden_s = snapshots * OVERLAPPED * self.rows[-1].step_s if self.rows else 0.0  # devices had a step to do
+        wait_s = stood_s + max(0.0, keeping.waited_s - waited_s - hidden_s) if keeping else 0.0
         return Ran(tuple(self.rows[count:]), tuple(self.bad), self.halted, snapshots, wait_s, data_s)
+
+    def stand_still(self, keeping: Keeping) -> float:
+        """Until the snapshot is off the devices; returns the seconds."""
+        keeping.settle()
+        since, self.ready = self.ready, time.monotonic()
+        return self.ready - since
 
     def take(self, step: int, metrics: dict[str, jax.Array], packed: jax.Array | None) -> None:
         """Waits for a step; its snapshot is brought to memory from here on, if it is good."""
@@ -219,7 +220,8 @@ class Trainer:
         if self.keeping:
             slots.tell_progress(self.keeping.slots, step)
             if packed is not None and values["ok"]:
-                self.keeping.hand_over(step, packed, self.noted())
+                results = partial(snapshot.noted, self.attempt, tuple(self.rows), tuple(self.evals))
+                self.keeping.hand_over(step, packed, results)
 
     def judge(self, step: int) -> None:
         """Of a bad step: names its batch, and halts unless it may be passed over. Every host comes to the same."""
@@ -270,14 +272,19 @@ class Trainer:
         self.state = self.state._replace(params=params)
 
     def save(self, step: int) -> Saved:
-        """Begins a save, whose commit follows in the background, or says what is in the way of one."""
+        """Has a copy of the state saved in the background. What becomes of that is told by `trouble`."""
         assert self.state is not None
         if self.halted or self.rows and not self.rows[-1].metrics["ok"]:
             return Saved(0.0, f"step {step} comes after a bad one: its state may be bad as well")
         started = time.monotonic()
-        problem = saving.save(self.saver, step, self.state, self.summing())
+        copy = self.of_state("copy") if self.beside else lambda state: state
+        sums_of, state = self.of_state("sums"), self.state
+        # Waited for: two programs that let devices meet, under way at once, can wait for each other for ever.
+        job = saving.begin(self.saver, step, lambda: (copy(state), jax.block_until_ready(sums_of(state))))
+        if not self.beside:
+            job.off.wait(VOTE_S)
         self.ready = time.monotonic()
-        return Saved(self.ready - started, problem)
+        return Saved(self.ready - started, None)
 
     def trouble(self) -> Failed | None:
         """The save that was found to have failed since the last call, if any."""

@@ -108,7 +108,7 @@ def lines(p: plan.Plan) -> list[str]:
         f"slice       {slices}{p.slice} ({p.topology}, {p.chips} chips in all), mesh {mesh}",
         f"parameters  {p.parameters['embedding']:,} embedding, {p.parameters['other']:,} other",
         f"HBM, GB     parameters {gb['parameters']}, optimizer {gb['optimizer']}, gradients {gb['gradients']},"
-        f" activations {gb['activations']}, workspace {gb['workspace']}",
+        f" activations {gb['activations']}, workspace {gb['workspace']}, copies {gb['copies']}",
     ]
     if p.step_s and p.mfu and p.tokens_per_s and p.days is not None and p.chip_hours is not None:
         recomputed = p.flops["hlo"] / p.flops["model"]

@@ -28,9 +28,10 @@ def strike(plan: Sequence[Fault], phase: str, group: Group, site: Site, report: 
     Told first: a fault that ends the controller must not strike again when it is resumed.
     """
     moment = (report.newest, phase if phase in ("compile", "restore") else "step")
+    early = unsaved(plan, report)
     for fault in plan:
         due = fault.phase == phase and fault.step <= report.newest and fault.index not in report.struck
-        if not due or moment in report.struck_at:
+        if not due or fault.step in early or moment in report.struck_at:
             continue
         if fault.kind != "tear":  # which by itself brings nothing down
             report.struck_at.add(moment)
@@ -38,6 +39,13 @@ def strike(plan: Sequence[Fault], phase: str, group: Group, site: Site, report: 
         report.event("chaos", report.newest, index=fault.index, fault=fault.kind, rank=fault.rank, phase=phase)
         report.screen.say(f"chaos: {fault.kind} at step {report.newest}, rank {fault.rank} ({phase})")
         do(fault, group, site, report)
+
+
+def unsaved(plan: Sequence[Fault], report: Report) -> set[int]:
+    """Steps of tears that have no checkpoint to tear yet. Whatever else is to strike there waits for the tear."""
+    tears = {fault.step for fault in plan if fault.kind == "tear" and fault.index not in report.struck}
+    saved = max(rundir.committed(report.folder), default=0) if tears else 0
+    return {step for step in tears if step > saved}
 
 
 def do(fault: Fault, group: Group, site: Site, report: Report) -> None:
@@ -74,9 +82,7 @@ def done(ref: Any) -> None:
 
 def tear(folder: Path) -> None:
     """Cuts the largest file of the newest checkpoint in half."""
-    saved = rundir.committed(folder)
-    if not saved:
-        return
-    files = [path for path in (folder / "checkpoints" / str(saved[-1])).rglob("*") if path.is_file()]
+    newest = folder / "checkpoints" / str(rundir.committed(folder)[-1])
+    files = [path for path in newest.rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)

@@ -33,7 +33,7 @@ LATEST = 0.8  # of the steps: what cannot strike when it is due, because another
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault, at the first moment of its phase once `step` steps are done."""
+    """One fault, at the first moment of its phase once `step` steps are done; a tear, once such a checkpoint is."""
 
     index: int  # in the plan: each strikes once in a run's life
     kind: str

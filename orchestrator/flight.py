@@ -17,7 +17,7 @@ from orchestrator.memory import Attaching
 from orchestrator.outcome import Evidence
 from orchestrator.report import Report
 from orchestrator.saves import Saves
-from orchestrator.window import deadline_s, due, snapshot_cost_s, snapshot_every, window_end
+from orchestrator.window import deadline_s, due, snapshot_every, window_end
 
 ANSWER_S = 60.0  # for a host to say that its save is not done in time
 LOOK_S = 0.5  # for a save that hosts call done to be seen here
@@ -49,7 +49,7 @@ class Flight:
     step_s: float | None = None  # a step's usual seconds
     longest_s: float | None = None
     pack_s: float = 0.0  # that the devices take for a snapshot
-    wait_s: float = 0.0  # that hosts wait for one to be written
+    wait_s: float = 0.0  # that hosts wait for one while devices have nothing to do
     snapshots: bool = False  # the hosts are attached to memory that outlives their processes
 
 
@@ -104,7 +104,8 @@ def send_keep(flight: Flight, attaching: Attaching, opened: Sequence[Opened]) ->
     try:
         arguments = memory.keep_arguments(attaching, [one.share_key for one in opened], slices, flight.report.attempt)
     except RayError as error:
-        flight.report.screen.say(f"no snapshots until the next restart: {str(error).splitlines()[0]}")
+        why = getattr(error, "cause", None) or str(error).splitlines()[0]
+        flight.report.screen.say(f"no snapshots until the next restart: {why}")
         return
     call = hosts.call_each(group, timeout.compile_s + timeout.step_s, "keep", arguments)
     flight.sent.append(Sent("keep", flight.step, call))
@@ -118,7 +119,7 @@ def every(flight: Flight) -> int:
         return 0
     if isinstance(wanted, int):
         return wanted
-    return snapshot_every(flight.pack_s, flight.wait_s, flight.step_s or 1.0, flight.config.checkpoint.snapshot_cost)
+    return snapshot_every(flight.pack_s + flight.wait_s, flight.step_s or 1.0, flight.config.checkpoint.snapshot_cost)
 
 
 def take(flight: Flight) -> None:
@@ -131,7 +132,6 @@ def take(flight: Flight) -> None:
     flight.notice = flight.notice or next(iter(told), None)
     result = answers[0].value
     waiting = [other.step for other in (sent, *flight.sent) if other.verb == "save"]
-    saves.heard(flight.saves, report, [answer.trouble for answer in answers], waiting)
     if sent.verb == "run":
         take_window(flight, result)
     elif sent.verb == "evaluate":
@@ -143,6 +143,7 @@ def take(flight: Flight) -> None:
     elif sent.verb == "save":
         waiting = waiting[1:]
         take_save(flight, sent.step, result, waiting)
+    saves.heard(flight.saves, report, [answer.trouble for answer in answers], waiting)
     saves.look(flight.saves, report, waiting, flight.config.timeout.save_s)
 
 
@@ -162,8 +163,7 @@ def take_window(flight: Flight, ran: Ran) -> None:
     flight.report.ledger.move("step", "data", ran.data_s)
     if ran.snapshots:
         flight.wait_s = ran.wait_s / ran.snapshots
-        cost_s = snapshot_cost_s(flight.pack_s, flight.wait_s, flight.step_s)
-        flight.report.ledger.move("step", "snapshot", ran.snapshots * cost_s)
+        flight.report.ledger.move("step", "snapshot", ran.snapshots * (flight.pack_s + flight.wait_s))
 
 
 def take_save(flight: Flight, step: int, saved: Saved, on_the_way: Sequence[int]) -> None:

@@ -20,7 +20,10 @@ from typing import Any
 from gemma import slots, wire
 from gemma.slots import Slots
 from gemma.wire import Address
+from orchestrator import metadata
 
+NOTICE = signal.SIGUSR2  # to a host's process: its machine will be taken away
+MOST = 0.8  # of the free memory of a host
 FRESH_S = 5.0  # between two looks at whether anybody still needs this
 
 
@@ -47,8 +50,9 @@ class Memory:
 class Keeper:
     """Answers while training goes on; its methods may be called at once from several sides."""
 
-    def __init__(self, ip: str, idle_s: float):
-        """idle_s: it ends after so long without a snapshot or a call."""
+    def __init__(self, ip: str, idle_s: float, metadata_host: str | None = None):
+        """idle_s: it ends after so long without a snapshot or a call. metadata_host: knows if the machine stays."""
+        os.setpriority(os.PRIO_PROCESS, 0, slots.YIELDING)
         self.memories: dict[str, Memory] = {}
         self.deaths: dict[int, float] = {}
         self.watched: set[int] = set()
@@ -59,6 +63,8 @@ class Keeper:
         self.address = Address(ip, self.listener.getsockname()[1], secrets.token_hex(16))
         threading.Thread(target=self.serve, daemon=True, name="server").start()
         threading.Thread(target=self.expire, args=(idle_s,), daemon=True, name="expiry").start()
+        if asked := os.environ.get("GCE_METADATA_HOST", metadata_host):
+            threading.Thread(target=self.look_out, args=(asked,), daemon=True, name="metadata").start()
 
     def hold(self, key: str, share_bytes: int) -> str:
         """Memory for a share, made where it is missing; the path under which processes of this host open it."""
@@ -68,6 +74,7 @@ class Keeper:
     def memory(self, key: str, share_bytes: int) -> Memory:
         with self.lock:
             if key not in self.memories:
+                check_room(slots.file_bytes(share_bytes))
                 descriptor = os.memfd_create(f"gemma-{key}")
                 os.ftruncate(descriptor, slots.file_bytes(share_bytes))
                 self.memories[key] = Memory(slots.clear(descriptor, share_bytes), descriptor)
@@ -104,6 +111,9 @@ class Keeper:
             if pid in self.watched:
                 return
             self.watched.add(pid)
+            leaving = self.notice is not None
+        if leaving:
+            self.signal(pid, NOTICE)
         threading.Thread(target=self.wait_for_end, args=(pid,), daemon=True, name=f"watch-{pid}").start()
 
     def wait_for_end(self, pid: int) -> None:
@@ -120,6 +130,21 @@ class Keeper:
             os.close(descriptor)
         with self.lock:
             self.deaths[pid] = time.time()
+
+    def look_out(self, metadata_host: str) -> None:
+        """Tells the process at work, once, that the machine is about to be taken away."""
+        while True:
+            try:
+                notice = metadata.notice(metadata_host)
+            except OSError:
+                time.sleep(metadata.RETRY_S)  # not a machine of Google's, or the server restarts
+                continue
+            with self.lock:
+                fresh = notice is not None and self.notice is None
+                self.notice, watched = notice, sorted(self.watched)
+            for pid in watched if fresh else ():
+                self.signal(pid, NOTICE)
+            time.sleep(metadata.ASK_EVERY_S)
 
     def signal(self, pid: int, number: int) -> bool:
         """Only a process that this keeper was told to watch; False where it is gone."""
@@ -172,7 +197,7 @@ class Keeper:
 
     def attend(self, connection: socket.socket) -> None:
         """One client, until it closes."""
-        with connection, contextlib.suppress(OSError, ValueError, KeyError):
+        with connection, contextlib.suppress(OSError, ValueError, KeyError, MemoryError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             while head := wire.receive_head(connection):  # as long as it takes: the next step may be far
@@ -230,6 +255,15 @@ def children(parent: int) -> list[int]:
 def whole(memory: Memory) -> tuple[tuple[int, int], ...]:
     with memory.lock:
         return tuple(sorted((step, slots.notes(memory.slots, step)["attempt"]) for step in slots.held(memory.slots)))
+
+
+def check_room(wanted_bytes: int) -> None:
+    """Raises MemoryError where so much memory would leave the host too little."""
+    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free_bytes = int(told["MemAvailable"].split()[0]) << 10
+    if wanted_bytes > MOST * free_bytes:
+        wanted, free = f"{wanted_bytes / 1e9:.1f} GB", f"{free_bytes / 1e9:.1f} GB"
+        raise MemoryError(f"snapshots need {wanted} of the {free} that are free on this host")
 
 
 def oom_kills() -> int:

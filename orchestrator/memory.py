@@ -13,6 +13,7 @@ from gemma.wire import Address
 from orchestrator.keeper import Held, Keeper
 from orchestrator.placement import Spot
 
+ASK_S = 1.0  # for keepers to answer; those of a dead machine never will
 THREADS = 4  # of a keeper: it answers the controller while a snapshot comes in
 
 
@@ -36,8 +37,8 @@ def find(space: str) -> dict[str, Any]:
     return {actor["name"]: ray.get_actor(actor["name"], space) for actor in there}
 
 
-def make(space: str, spot: Spot, idle_s: float) -> Any:
-    """Asks for a keeper on a host; returns its handle at once."""
+def make(space: str, spot: Spot, idle_s: float, metadata_host: str | None) -> Any:
+    """Asks for a keeper on a host; returns its handle at once. metadata_host: unless the environment names one."""
     actor = ray.remote(Keeper).options(
         name=spot.node_id,
         namespace=space,
@@ -47,15 +48,15 @@ def make(space: str, spot: Spot, idle_s: float) -> Any:
         max_concurrency=THREADS,
         scheduling_strategy=NodeAffinitySchedulingStrategy(spot.node_id, soft=False),
     )
-    return actor.remote(spot.ip, idle_s)
+    return actor.remote(spot.ip, idle_s, metadata_host)
 
 
-def inventory(keepers: Mapping[str, Any], timeout_s: float) -> dict[str, Held]:
+def inventory(keepers: Mapping[str, Any]) -> dict[str, Held]:
     """What each keeper that answers holds, by node id."""
     refs = {keeper.inventory.remote(): node for node, keeper in keepers.items()}
     if not refs:
         return {}
-    ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)
+    ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=ASK_S)
     found = {}
     for ref in ready:
         try:

@@ -3,22 +3,26 @@
 from dataclasses import dataclass
 from typing import Any
 
-from gemma import flops, v5p
+from gemma import analytic, flops, v5p
 from orchestrator.config import Config
 
 AGREES = 1.5  # within this factor the compiler's own count is believed, else its rule alone
 SECONDS_A_DAY = 86400.0
+WITHOUT_COPIES = "it does with checkpoint.snapshot=off checkpoint.every=0"
 
 
 @dataclass(frozen=True)
 class Hbm:
-    """Bytes of one chip. workspace is all that the compiler sets aside besides what is named, and the code."""
+    """Bytes of one chip. copies are those of the state that are on their way to host memory and to disk during a step.
+    workspace is all that the compiler sets aside besides what is named, and the code.
+    """
 
     parameters: int
     optimizer: int
     gradients: int
     activations: int
     workspace: int
+    copies: int
     total: int
 
 
@@ -44,7 +48,7 @@ class StepTime:
 @dataclass(frozen=True)
 class Plan:
     fits: bool
-    message: str  # the compiler's, where it does not fit
+    message: str  # why it does not fit
     parameters: dict[str, int]  # embedding, other
     hbm_bytes: Hbm
     hbm_limit_bytes: int
@@ -74,10 +78,12 @@ def make(config: Config, facts: dict[str, Any], overrides: list[str], cached: bo
     program, chips = config.program, config.chips
     step_flops = float(flops.step_flops(program.model, program.train.batch, program.data.sequence))
     embedding, other = flops.parameters(program.model)
-    total = facts["needed_bytes"]
+    step_bytes = facts["needed_bytes"]
     named = {name: int(facts[f"{name}_bytes"]) for name in ("parameters", "optimizer", "gradients", "activations")}
-    hbm = Hbm(**named, workspace=max(total - sum(named.values()), 0), total=total)
-    fits = facts["fits"] and total <= v5p.HBM_BYTES
+    copies = analytic.state_copies(program) * (named["parameters"] + named["optimizer"])
+    workspace = max(step_bytes - sum(named.values()), 0)
+    hbm = Hbm(**named, workspace=workspace, copies=copies, total=step_bytes + copies)
+    fits = facts["fits"] and hbm.total <= v5p.HBM_BYTES
     step = step_time(facts) if facts["fits"] else None
     mfu_at = (
         {k: step_flops / (chips * v5p.FLOPS * s) for k, s in vars(step).items() if s > 0 and k != "kernels"}
@@ -89,7 +95,7 @@ def make(config: Config, facts: dict[str, Any], overrides: list[str], cached: bo
     seconds = tokens / tokens_a_step * step.estimate if step else None
     return Plan(
         fits=fits,
-        message=facts["message"],
+        message=facts["message"] or ("" if fits or step_bytes > v5p.HBM_BYTES else WITHOUT_COPIES),
         parameters={"embedding": embedding, "other": other},
         hbm_bytes=hbm,
         hbm_limit_bytes=int(v5p.HBM_BYTES),

@@ -87,9 +87,10 @@ def check_fits(config: Config) -> None:
     larger = f"none on a {config.cluster.slice}; python -m launch.plan with plan.smallest=true looks for a slice"
     fitting = " ".join(search.overrides(found, [])) if found else larger
     shown = " ".join(f"mesh.{axis}={size}" for axis, size in made.mesh.items())
+    also = f" ({plan.WITHOUT_COPIES})" if made.message == plan.WITHOUT_COPIES else ""
     raise ConfigError(
         f"{shown}: needs {made.hbm_bytes.total / 1e9:.1f} GB of {v5p.HBM_BYTES / 1e9:.0f} GB HBM a chip with"
-        f" train.remat={config.train.remat}; nearest that fits: {fitting} (plan.skip=true overrides)"
+        f" train.remat={config.train.remat}{also}; nearest that fits: {fitting} (plan.skip=true overrides)"
     )
 
 

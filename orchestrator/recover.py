@@ -22,8 +22,6 @@ from orchestrator.policy import Failure
 from orchestrator.report import Report
 from orchestrator.sites import Site
 
-ASK_S = 1.0  # for keepers to answer; those of a dead machine never will
-
 
 def start(
     config: Config, folder: Path, group: Group, site: Site, report: Report, interrupt: Interrupt, started: float
@@ -35,7 +33,7 @@ def start(
     chaos.strike(planned, "compile", group, site, report)
     opened: list[Opened] = hosts.collect(call, interrupt.asked)
     saved = newest_checkpoint(folder)
-    held = memory.inventory(site.keepers, ASK_S)
+    held = memory.inventory(site.keepers)
     site.keys = [one.share_key for one in opened]
     site.ooms |= {node: one.ooms for node, one in held.items()}
     common = recall(held, group, opened, folder, saved or 0)
@@ -110,7 +108,8 @@ def newest_checkpoint(folder: Path) -> int | None:
 
 def understand(folder: Path, failed: HostsFailedError, group: Group, site: Site, report: Report) -> Failure:
     """Finds out what a failure was, and writes its full story to a file. Raises ConfigError for the user's mistakes."""
-    held = memory.inventory(site.keepers, ASK_S)
+    held = memory.inventory(site.keepers)
+    sites.heed(site, held)
     evidence = witness.investigate(failed.evidence, group, site, held, folder, report.attempt)
     kernel: dict[int, str] = {}
     if all(item.overdue for item in evidence):
@@ -135,9 +134,13 @@ def understand(folder: Path, failed: HostsFailedError, group: Group, site: Site,
 
 def moved(cause: Evidence, site: Site, report: Report) -> Failure:
     """The run was told to move on, and has saved."""
-    if site.placement is not None and cause.notice == sites.BACK:
+    sites.heed(site, memory.inventory(site.keepers))
+    assert site.placement is not None
+    if cause.notice == sites.BACK:
         placement.release(site.placement)
         site.placement = None
+    elif said := site.notices.get(site.placement.spots[cause.rank].node_id):
+        cause = replace(cause, notice=said)
     outcome = Outcome.REGROWN if cause.notice == sites.BACK else Outcome.PREEMPTED
     report.failed(outcome.value, cause, report.newest, None)
     return Failure(outcome, outcome.value, report.newest, report.newest)

@@ -50,7 +50,7 @@ def rewind(flight: Flight, opened: Sequence[Opened], site: Site) -> None:
         message = f"{decision.reason}; batch {bad.batch}, rows {list(bad.ids)} of the corpus"
         raise HostsFailedError([Evidence(0, exception="Diverged", message=message)])
     report.phase("restore", f"going back from step {bad.step}")
-    held = memory.inventory(site.keepers, recover.ASK_S)
+    held = memory.inventory(site.keepers)
     nodes = [spot.node_id for spot in group.placement.spots]
     branches = memory.branches(rundir.events(folder))
     common = memory.newest_common(site.keys, nodes, held, branches, decision.step)

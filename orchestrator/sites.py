@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,10 +14,11 @@ import ray
 from gemma.config import ConfigError
 from gemma.reports import Opened
 from orchestrator import group as hosts
-from orchestrator import memory, placement, rundir
+from orchestrator import memory, metadata, placement, rundir
 from orchestrator.config import Config, with_slices
 from orchestrator.group import Group
 from orchestrator.interrupt import StoppedError
+from orchestrator.keeper import Held
 from orchestrator.memory import Attaching
 from orchestrator.outcome import Evidence
 from orchestrator.placement import Placement
@@ -63,6 +64,8 @@ def occupy(site: Site, stop: Callable[[], bool], tell: Callable[[str], None]) ->
             if stop():
                 raise StoppedError("slices")
             site.repair()
+            if site.notices:
+                heed(site, memory.inventory(site.keepers))
             if time.monotonic() - said > SAY_EVERY_S:
                 said = time.monotonic()
                 tell(f"waiting for {config.cluster.num_slices} x {config.cluster.slice}")
@@ -71,6 +74,12 @@ def occupy(site: Site, stop: Callable[[], bool], tell: Callable[[str], None]) ->
         site.placement = placement.reserve(config, enough, site.notices, wait)
         site.occupied = True
     return site.placement
+
+
+def heed(site: Site, held: Mapping[str, Held]) -> None:
+    """Which hosts are about to be taken away. A warning may be taken back."""
+    site.notices.clear()  # in place: who waits for hosts looks at it
+    site.notices |= {node: one.notice for node, one in held.items() if one.notice}
 
 
 def counts(config: Config, again: bool, waited_s: float) -> list[int]:
@@ -121,7 +130,8 @@ def man(site: Site, group: Group) -> None:
     """A keeper on every host, come up while the program is loaded; it notes when the host's process ends."""
     for spot, (node, pid) in zip(group.placement.spots, group.by_node.items(), strict=True):
         if node not in site.keepers:
-            site.keepers[node] = memory.make(site.space, spot, site.config.checkpoint.memory_idle_s)
+            asked = metadata.HOST if site.config.cluster.kind != "local" else None
+            site.keepers[node] = memory.make(site.space, spot, site.config.checkpoint.memory_idle_s, asked)
         site.keepers[node].watch.remote(pid)
 
 

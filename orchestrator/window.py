@@ -7,7 +7,6 @@ MOST_STEPS = 200
 STALL = 10  # of the longest step: that something may stand still without being a hang
 BACKOFF_S, LONGEST_BACKOFF_S = 5.0, 300.0  # after a save has failed
 SLOWDOWN = 3  # a window so many times slower than its longest steps is not a hang
-OVERLAPPED = 0.8  # of a step is still to be done when the step before it is seen done
 
 
 def window_end(first: int, end: int, step_s: float | None, stops: tuple[int, ...]) -> int:
@@ -46,15 +45,9 @@ def due(step: int, end: int, every: int) -> bool:
     return step == end or (every > 0 and step % every == 0)
 
 
-def snapshot_cost_s(pack_s: float, wait_s: float, step_s: float) -> float:
-    """That a snapshot holds training up.
+def snapshot_every(cost_s: float, step_s: float, cost: float) -> int:
+    """Steps from one snapshot to the next, so that they cost at most a share `cost` of the time.
 
-    pack_s: that the devices take for one. wait_s: that the host waited for one to be written, which it does while the
-    devices have a step to do: only what goes beyond that holds training up.
+    cost_s: that one holds training up.
     """
-    return pack_s + max(0.0, wait_s - OVERLAPPED * step_s)
-
-
-def snapshot_every(pack_s: float, wait_s: float, step_s: float, cost: float) -> int:
-    """Steps from one snapshot to the next, so that they cost at most a share `cost` of the time."""
-    return max(1, math.ceil(snapshot_cost_s(pack_s, wait_s, step_s) / (cost * max(step_s, 1e-6))))
+    return max(1, math.ceil(cost_s / (cost * max(step_s, 1e-6))))

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma.config import ConfigError, Program
 from gemma.reports import Failed, Opened
+from orchestrator.keeper import NOTICE
 from orchestrator.topology import CHIPS_PER_HOST
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Host:
             faulthandler.enable(open(f"{log}.crash", "w"))  # noqa: SIM115 - as long as the process
             faulthandler.register(signal.SIGUSR1, open(f"{log}.stacks", "w"), chain=False)  # noqa: SIM115
         signal.signal(signal.SIGTERM, self.noticed)
+        signal.signal(NOTICE, self.noticed)
         for name in [name for name in os.environ if name.startswith(STALE)]:
             del os.environ[name]
         if os.environ.get("JAX_PLATFORMS") == "cpu":
@@ -86,10 +88,11 @@ class Host:
         return told(wait_gone, predecessors, timeout_s)
 
     def noticed(self, number: int, _: FrameType | None) -> None:
-        """The machine is about to be taken away: told with the next answer. A second signal ends the process."""
-        if self.notice:
+        """The machine is about to be taken away: told with the next answer. The same signal again ends the process."""
+        name = signal.Signals(number).name
+        if self.notice == name:
             os._exit(128 + number)
-        self.notice = signal.Signals(number).name
+        self.notice = name
 
     def hello(self, ip: str) -> Hello:
         with socket.socket() as probe:

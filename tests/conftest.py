@@ -1,8 +1,6 @@
 """Eight CPU devices in one process, and a program small enough to compile in a second."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pytest
 
 from gemma import tokens
 from gemma.config import Checkpoint, Data, Eval, Guard, Mesh, Model, Optim, Profile, Program, Train
+from tests import existing_cluster as existing
 from tests.small_text import TEXTS, VOCAB, config, write_jsonl
 
 # Before anything imports jax. The hosts of a simulated slice set their own. Unoptimised code compiles twice as fast.
@@ -87,14 +86,5 @@ def opened(tmp_path: Path) -> tokens.Tokens:
 @pytest.fixture
 def existing_cluster() -> Iterator[str]:
     """The address of a Ray cluster that somebody else has started."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.existing_cluster"],
-        cwd=Path(__file__).parents[1],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdout is not None
-    yield process.stdout.readline().strip()
-    process.communicate(timeout=60)
+    with existing.cluster() as address:
+        yield address

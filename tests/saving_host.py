@@ -2,7 +2,7 @@
 
 Saves step 1; step 2 while one host fails; then, well again, steps 2 and 3. WHERE it fails: `probe` and `write` are
 limits on the size of its files, `commit` is an error when the checkpoint is made whole. Prints a line of JSON for
-each save: what `save` said, what `poll` told afterwards, seconds, and the steps on disk.
+each save: what `poll` told afterwards, seconds, and the steps on disk.
 """
 
 import errno
@@ -60,13 +60,12 @@ def main(rank: int, port: int, folder: Path, fails: int, where: str) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         atomicity.on_commit_callback = refuse if ill and where == "commit" else commit
         started = time.monotonic()
-        problem = saving.save(saver, step, state)  # type: ignore[arg-type]
+        saving.begin(saver, step, lambda: (state, None))  # type: ignore[arg-type, return-value]
         settled = saving.settle(saver, 60.0)
         failed = saving.poll(saver)
         saver.votes.meet(f"looked-{step}-{troubled}", 60_000)
         found = {
             "step": step,
-            "problem": problem,
             "settled": settled,
             "failed": failed and [failed.step, failed.problem],
             "seconds": time.monotonic() - started,

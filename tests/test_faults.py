@@ -113,7 +113,7 @@ def test_faults_amid_save_restore_and_compile(undisturbed: Path, root: Path) -> 
 
 
 def test_a_torn_checkpoint_is_named_set_aside_and_the_one_before_is_used(undisturbed: Path, root: Path) -> None:
-    folder = struck(root, "tear@27,worker@27/1", "checkpoint.snapshot=off", "checkpoint.every=13")
+    folder = struck(root, "tear@26,worker@26/1", "checkpoint.snapshot=off", "checkpoint.every=13")
     assert [found["outcome"] for found in incidents(folder)] == ["host died", "checkpoint unreadable"]
     (aside,) = [event for event in rundir.events(folder) if event["event"] == "set_aside"]
     assert aside["step"] == 26
@@ -123,18 +123,19 @@ def test_a_torn_checkpoint_is_named_set_aside_and_the_one_before_is_used(undistu
 
 
 def test_with_no_older_checkpoint_left_it_refuses_and_starts_nothing_afresh(root: Path) -> None:
-    folder = struck(root, "tear@14,worker@14/1", "checkpoint.snapshot=off", "checkpoint.every=13", code=2)
+    folder = struck(root, "tear@13,worker@13/1", "checkpoint.snapshot=off", "checkpoint.every=13", code=2)
     assert "no older one" in (folder / "incident.txt").read_text()
     assert event_names(folder).count("initialise") == 1
 
 
 TWO_SLICES = ["cluster.slice=v5p-8", "cluster.num_slices=2", "mesh=multislice"]
+LONG = "train.steps=150"  # so that it is not over before the slice is back
 
 
 def test_a_lost_slice_is_done_without_and_taken_up_again(root: Path) -> None:
-    finish(launch("train", f"run.root={root}", "run.id=two", *SMALL, *TWO_SLICES, "train.steps=100"), 0)
-    overrides = [*TWO_SLICES, "cluster.min_slices=1", "timeout.shrink_s=1", "cluster.repair_s=8", "train.steps=100"]
-    folder = struck(root, "host@15/1", *overrides)
+    finish(launch("train", f"run.root={root}", "run.id=two", *SMALL, *TWO_SLICES, LONG), 0)
+    overrides = [*TWO_SLICES, "cluster.min_slices=1", "timeout.shrink_s=1", "cluster.repair_s=4", LONG]
+    folder = struck(root, "host@15/1", *overrides, "run.id=shrunk")
     assert [found["outcome"] for found in incidents(folder)] == ["slice lost", "slice back"]
     slices = [event["slices"] for event in rundir.events(folder) if event["event"] == "reserve"]
     assert slices == [2, 1, 2]

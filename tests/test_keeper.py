@@ -1,5 +1,6 @@
 """A host's keeper, in this process: shares come and go over real sockets, processes are seen to end."""
 
+import math
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ BYTES = 100_000
 
 @pytest.fixture
 def keeper() -> Keeper:
-    return Keeper("127.0.0.1", 600.0)
+    return Keeper("127.0.0.1", math.inf)  # it would end this process
 
 
 def share(step: int) -> np.ndarray:
@@ -134,3 +135,9 @@ def test_its_memory_ends_with_it() -> None:
     assert path.startswith("/proc/")
     assert not os.path.exists(path)
     assert set(os.listdir("/dev/shm")) == before
+
+
+def test_a_share_that_a_host_has_no_room_for_is_refused(keeper: Keeper) -> None:
+    with pytest.raises(MemoryError, match="snapshots need 4503"):
+        keeper.hold("a", 1 << 50)
+    assert keeper.inventory().steps == {}

@@ -111,6 +111,22 @@ def test_a_custom_topology_is_another_program() -> None:
     assert ahead.key(composed(usual)) != ahead.key(composed([*usual, "cluster.topology=8x24x32"]))
 
 
+def test_large_copies_are_not_made_beside_a_step() -> None:
+    small = ["model=gemma2_27b", "cluster.slice=v5p-16", "data.sequence=8192", "train.batch=8"]
+    assert plan.make(composed(small), FACTS, [], False).hbm_bytes.copies == 0
+
+
+def test_copies_of_the_state_count_and_may_be_what_does_not_fit() -> None:
+    made = plan.make(composed(LARGE), FACTS, [], False)
+    assert (made.hbm_bytes.copies, made.hbm_bytes.total) == (60, 160)
+    off = [*LARGE, "checkpoint.snapshot=off", "checkpoint.every=0"]
+    assert plan.make(composed(off), FACTS, [], False).hbm_bytes.total == 100
+    facts = FACTS | {"needed_bytes": int(v5p.HBM_BYTES) - 1}
+    made = plan.make(composed(LARGE), facts, [], False)
+    assert (made.fits, made.message) == (False, plan.WITHOUT_COPIES)
+    assert plan.make(composed(off), facts, [], False).fits
+
+
 @needs_compiler
 def test_a_plan_says_what_was_asked(compiled: tuple[Path, dict[str, Any]]) -> None:
     found = compiled[1]

@@ -35,8 +35,7 @@ def saver(program: Program, tmp_path: Path) -> Saver:
 
 def save(saver: Saver, step: int) -> str | None:
     """Until it has succeeded or failed; what was in the way."""
-    if problem := saving.save(saver, step, STATE):
-        return problem
+    saving.begin(saver, step, lambda: (STATE, None))
     assert saving.settle(saver, 60.0)
     failed = saving.poll(saver)
     assert failed is None or failed.step == step
@@ -74,13 +73,12 @@ def test_one_host_that_fails_fails_the_save_on_all_at_once_and_the_next_works(
         out, err = host.communicate(timeout=120)
         assert host.returncode == 0, err
         first, failed, again, last = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-        told = failed["problem"] or failed["failed"][1]
+        told = failed["failed"][1]
         assert told.startswith(f"host {rank} ({socket.gethostname()}): ")
-        assert (failed["problem"] is not None) is (where == "probe")
         assert failed["settled"]
         assert failed["seconds"] < 30
         assert [found["disk"] for found in (first, failed, again, last)] == [["1"], ["1"], ["2"], ["3"]]
-        assert [(found["problem"], found["failed"]) for found in (first, again, last)] == [(None, None)] * 3
+        assert [found["failed"] for found in (first, again, last)] == [None] * 3
 
 
 @pytest.fixture
@@ -129,20 +127,27 @@ def test_storage_that_does_not_answer_holds_up_one_save_for_a_while_and_the_next
     assert on_disk(saver) == ["1"]
 
 
-def test_a_save_is_put_off_while_the_one_before_is_being_written(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert saving.save(saver, 1, STATE) is None
+def test_a_save_fails_while_the_one_before_takes_too_long(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
     monkeypatch.setattr(saving, "BUSY_S", 0.05)
     with monkeypatch.context() as busy:
-        busy.setattr(saver.manager, "is_saving_in_progress", lambda: True)
-        assert "step 1 is still being written" in (saving.save(saver, 2, STATE) or "")
-    assert saving.settle(saver, 60.0)
+        busy.setattr(saving, "refusal", lambda *_: None if go_on.wait(60) else "never")
+        saving.begin(saver, 1, lambda: (STATE, None))
+        saving.begin(saver, 2, lambda: pytest.fail("there is no room for a copy"))
+        go_on.set()
+        assert saving.settle(saver, 60.0)
+    failed = saving.poll(saver)
+    assert failed
+    assert failed.step == 2
+    assert "the save before is not done" in failed.problem
+    assert on_disk(saver) == ["1"]
     assert save(saver, 2) is None
 
 
 def test_a_failure_is_told_once(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert saving.save(saver, 1, STATE) is None
     with monkeypatch.context() as broken:
         broken.setattr(saver.manager, "wait_until_finished", lambda: (_ for _ in ()).throw(OSError(28, "full")))
+        saving.begin(saver, 1, lambda: (STATE, None))
         assert saving.settle(saver, 60.0)
     failed = saving.poll(saver)
     assert failed
@@ -150,8 +155,11 @@ def test_a_failure_is_told_once(saver: Saver, monkeypatch: pytest.MonkeyPatch) -
     assert saving.poll(saver) is None
 
 
-def test_a_step_that_is_on_disk_is_not_written_again(saver: Saver) -> None:
-    assert save(saver, 1) is None
-    made = os.stat(saver.folder / "1").st_mtime_ns
-    assert save(saver, 1) is None
-    assert os.stat(saver.folder / "1").st_mtime_ns == made
+def test_what_trains_on_is_not_held_up(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(saving, "refusal", lambda *_: None if go_on.wait(60) else "never")
+    saving.begin(saver, 1, lambda: (STATE, None))  # returns
+    assert not saving.settle(saver, 0.0)
+    go_on.set()
+    assert saving.settle(saver, 60.0)
+    assert on_disk(saver) == ["1"]

@@ -33,21 +33,21 @@ def test_new_memory_holds_nothing(memory: Slots) -> None:
     assert slots.held(memory) == {}
 
 
-def test_the_newest_three_are_held_with_their_notes(memory: Slots) -> None:
+def test_the_newest_four_are_held_with_their_notes(memory: Slots) -> None:
     for step in range(1, 9):
         write(memory, step)
-        assert sorted(slots.held(memory)) == list(range(max(1, step - 2), step + 1))
+        assert sorted(slots.held(memory)) == list(range(max(1, step - 3), step + 1))
     for step, slot in slots.held(memory).items():
         assert bytes(slots.share(memory, slot)) == content(step)
         assert slots.notes(memory, step) == {"step": step}
 
 
-def test_while_one_is_written_the_two_before_it_are_held(memory: Slots) -> None:
+def test_while_one_is_written_the_three_before_it_are_held(memory: Slots) -> None:
     for step in range(1, 9):
         write(memory, step)
     _, view = slots.begin(memory, 9)
     view[: BYTES // 2] = b"x" * (BYTES // 2)  # and here the writer dies
-    assert sorted(slots.held(memory)) == [7, 8]
+    assert sorted(slots.held(memory)) == [6, 7, 8]
     assert all(bytes(slots.share(memory, slot)) == content(step) for step, slot in slots.held(memory).items())
 
 

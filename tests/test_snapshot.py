@@ -1,5 +1,6 @@
 """The state as flat words and back, on every mesh of eight devices; and through a host's memory."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def trainer(program: Program, tmp_path: Path) -> Trainer:
 
 
 def kept(trainer: Trainer) -> tuple[Keeper, str]:
-    keeper = Keeper("127.0.0.1", 600.0)
+    keeper = Keeper("127.0.0.1", math.inf)
     trainer.restore(None)
     trainer.keep(path := keeper.hold(trainer.share.key, trainer.share.bytes), None, 1)
     return keeper, path
@@ -111,22 +112,22 @@ def test_a_share_comes_over_the_network_as_well(trainer: Trainer) -> None:
 
 
 def test_a_buddy_holds_what_this_host_holds(trainer: Trainer) -> None:
-    here, there = Keeper("127.0.0.1", 600.0), Keeper("127.0.0.1", 600.0)
+    here, there = Keeper("127.0.0.1", math.inf), Keeper("127.0.0.1", math.inf)
     trainer.restore(None)
     trainer.keep(here.hold(trainer.share.key, trainer.share.bytes), there.address, 1)
     trainer.run(0, 3, 0, 1)
     settled(trainer)
-    assert here.inventory().steps == there.inventory().steps == {trainer.share.key: ((1, 1), (2, 1), (3, 1))}
+    assert here.inventory().steps == there.inventory().steps == {trainer.share.key: ((0, 1), (1, 1), (2, 1), (3, 1))}
 
 
 def test_a_buddy_that_is_gone_stops_neither_training_nor_the_snapshots_here(trainer: Trainer) -> None:
-    here, there = Keeper("127.0.0.1", 600.0), Keeper("127.0.0.1", 600.0)
+    here, there = Keeper("127.0.0.1", math.inf), Keeper("127.0.0.1", math.inf)
     there.listener.close()
     trainer.restore(None)
     trainer.keep(here.hold(trainer.share.key, trainer.share.bytes), replace(there.address, port=1), 1)
     assert len(trainer.run(0, 3, 0, 1).rows) == 3
     settled(trainer)
-    assert here.inventory().steps == {trainer.share.key: ((1, 1), (2, 1), (3, 1))}
+    assert here.inventory().steps == {trainer.share.key: ((0, 1), (1, 1), (2, 1), (3, 1))}
 
 
 def test_a_snapshot_each_so_many_steps(trainer: Trainer) -> None:
@@ -159,3 +160,20 @@ def test_a_bad_state_is_never_snapshot(trainer: Trainer) -> None:
     assert keeper.inventory().steps == {trainer.share.key: ((0, 1), (1, 1), (2, 1))}
     assert ran.halted
     assert [bad.step for bad in ran.bad] == [3, 4, 5]
+
+
+def test_where_a_copy_has_no_room_beside_a_step_training_waits_for_it_and_is_the_same(trainer: Trainer) -> None:
+    keeper, path = kept(trainer)
+    trainer.beside = False
+    rows = trainer.run(0, 4, 0, 1).rows
+    assert keeper.inventory().steps == {trainer.share.key: ((1, 1), (2, 1), (3, 1), (4, 1))}
+    saved = jax.device_get(trainer.state)
+    trainer.save(4)
+    trainer.run(4, 6, 0, 1)  # takes the arrays that were saved
+    assert trainer.wait(60)
+    assert trainer.trouble() is None
+    trainer.restore(4)
+    assert same(saved, trainer.state)
+    trainer.beside = True
+    trainer.restore(None)
+    assert [row.metrics for row in trainer.run(0, 4, 0, 1).rows] == [row.metrics for row in rows]

@@ -1,55 +1,104 @@
-"""What snapshots and checkpoints cost: steps/s with them over steps/s without, interleaved, the same seed.
+"""What snapshots and checkpoints cost: seconds of a step with them and without, by turns within one run.
 
-python -m tests.bench.snapshots [PAIRS] [STEPS]
+Within one, because on the same machine two runs of the same program differ by more than what is to be seen.
+
+python -m tests.bench.snapshots [ROUNDS] [STEPS_A_TURN]
 """
 
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
-from orchestrator import rundir
+from orchestrator import group as hosts
+from orchestrator import memory, placement, slices
+from orchestrator.config import Config
+from orchestrator.group import Group
+from tests.bench.compose import composed
 
-TOP = Path(__file__).parents[2]
-WARMUP = 25
-KINDS = {
-    "neither": ["checkpoint.snapshot=off", "checkpoint.every=0"],
-    "snapshots": ["checkpoint.snapshot=auto", "checkpoint.every=0"],
-    "checkpoints every 20": ["checkpoint.snapshot=off", "checkpoint.every=20"],
-    "both": ["checkpoint.snapshot=auto", "checkpoint.every=20"],
-}
+WARMUP_STEPS = 30
+SAVE_EVERY = 20
+KINDS = ("neither", "snapshots", "checkpoints", "both")
 
 
-def rate(root: Path, name: str, steps: int, overrides: list[str]) -> float:
-    """Steps/s by the clock, from the end of the warm-up to the last step but those around the final save."""
-    command = [sys.executable, "-m", "launch.train", f"run.root={root}", f"run.id={name}", f"train.steps={steps}"]
-    subprocess.run(
-        [*command, "eval.every=0", "wandb.mode=disabled", *overrides], cwd=TOP, check=True, capture_output=True
-    )
-    rows = rundir.metrics(root / name)
-    return (steps - 1 - WARMUP) / (rows[steps - 1]["time"] - rows[WARMUP]["time"])
+def said(group: Group, verb: str, *args: Any) -> list[Any]:
+    return [told.value for told in hosts.collect(hosts.call(group, 120.0, verb, *args))]
+
+
+def attach(config: Config, group: Group) -> float:
+    """Snapshots begin; returns the seconds that the devices take to pack one."""
+    keepers = [memory.make("bench", spot, 600.0, None) for spot in group.placement.spots]
+    opened = hosts.collect(hosts.open_trainers(group, config, Path(config.run.root) / "bench"))
+    said(group, "restore", None, None, ())
+    keys = [one.share_key for one in opened]
+    attaching = memory.attach(keepers, keys, opened[0].share_bytes, 60.0)
+    assert attaching.ready()
+    arguments = memory.keep_arguments(attaching, keys, [spot.slice_name for spot in group.placement.spots], 1)
+    kept = hosts.collect(hosts.call_each(group, 120.0, "keep", arguments))
+    print(f"{opened[0].share_bytes / 1e6:.2f} MB a share, packed in {kept[0].value.pack_s * 1e3:.2f} ms")
+    return float(kept[0].value.pack_s)
+
+
+def turn(group: Group, first: int, steps: int, kind: str) -> float:
+    """Seconds of a step, over so many, two windows in flight as in a run; a save before every twentieth."""
+    every = 1 if kind in ("snapshots", "both") else 0
+    ends = [*range(first + SAVE_EVERY // 2, first + steps, SAVE_EVERY // 2), first + steps]
+    started = time.monotonic()
+    waiting = []
+    for index, last in enumerate(ends):
+        begin = ends[index - 1] if index else first
+        waiting.append(hosts.call(group, 120.0, "run", begin, last, begin, every))
+        if kind in ("checkpoints", "both") and index % 2 == 0:
+            waiting.append(hosts.call(group, 120.0, "save", last))
+        while len(waiting) > 3:
+            hosts.collect(waiting.pop(0))
+    for sent in waiting:
+        hosts.collect(sent)
+    took_s = (time.monotonic() - started) / steps
+    said(group, "wait", 60.0)  # what is still being written is not the next turn's
+    return took_s
+
+
+def measure(config: Config, group: Group, rounds: int, steps: int) -> dict[str, list[float]]:
+    attach(config, group)
+    turn(group, 0, WARMUP_STEPS, "both")
+    at, found = WARMUP_STEPS, {kind: [] for kind in KINDS}  # type: dict[str, list[float]]
+    for index in range(rounds):
+        for kind in KINDS if index % 2 == 0 else reversed(KINDS):
+            found[kind].append(turn(group, at, steps, kind))
+            at += steps
+        print(", ".join(f"{kind} {1e3 * found[kind][-1]:.1f}" for kind in KINDS), "ms a step", flush=True)
+    return found
 
 
 def main() -> None:
-    pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    steps = int(sys.argv[2]) if len(sys.argv) > 2 else 150
-    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        rate(root, "warm", 40, [])
-        for pair in range(pairs):
-            order = list(KINDS) if pair % 2 == 0 else list(reversed(KINDS))
-            for kind in order:
-                found[kind].append(rate(root, f"{kind.replace(' ', '-')}-{pair}", steps, KINDS[kind]))
-            print(", ".join(f"{kind} {found[kind][-1]:.2f}" for kind in KINDS), "steps/s", flush=True)
+    global KINDS
+    if len(sys.argv) > 3:
+        KINDS = tuple(sys.argv[3].split(","))
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
+    steps = int(sys.argv[2]) if len(sys.argv) > 2 else 40
+    total = WARMUP_STEPS + rounds * len(KINDS) * steps
+    with tempfile.TemporaryDirectory() as root:
+        config = composed([f"run.root={root}", "run.id=bench", f"train.steps={total}", "checkpoint.keep_last=1"])
+        folder = Path(root) / "bench"
+        (folder / "logs").mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+        with slices.connect(config) as repair:
+            place = placement.reserve(config, lambda waited_s: [1] if waited_s < 60 else [], (), repair)
+            group = hosts.join(hosts.spawn(config, place, folder, 1, {}, {}), config, lambda: False)
+            found = measure(config, group, rounds, steps)
     base = found["neither"]
-    print(f"neither: median {statistics.median(base):.2f} steps/s, {1e3 / statistics.median(base):.0f} ms a step")
-    for kind in list(KINDS)[1:]:
-        ratios = [with_it / without for with_it, without in zip(found[kind], base, strict=True)]
-        shown = " ".join(f"{ratio:.3f}" for ratio in ratios)
-        medians = statistics.median(found[kind]) / statistics.median(base)
-        print(f"{kind}: over neither {shown}; median of the pairs {statistics.median(ratios):.3f}, {medians=:.3f}")
+    print(f"neither: median {1e3 * statistics.median(base):.1f} ms a step")
+    for kind in KINDS[1:]:
+        ratios = sorted(without / with_it for with_it, without in zip(found[kind], base, strict=True))
+        medians = statistics.median(base) / statistics.median(found[kind])
+        print(
+            f"{kind}: steps/s over those with neither: median of the rounds {statistics.median(ratios):.3f}"
+            f" ({ratios[len(ratios) // 4]:.3f} to {ratios[-1 - len(ratios) // 4]:.3f} the middle half),"
+            f" of the medians {medians:.3f}"
+        )
 
 
 if __name__ == "__main__":

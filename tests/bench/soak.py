@@ -61,7 +61,7 @@ def main() -> None:
         while process.poll() is None:
             events = rundir.events(root / "soak")
             count = sum(event["event"] == "failure" for event in events)
-            if count // 10 > told and events[-1]["event"] in ("keep", "commit", "save"):
+            if events and count // 10 > told and events[-1]["event"] in ("keep", "commit", "save"):
                 told, pids = count // 10, tree(process.pid)
                 step = max(rundir.metrics(root / "soak"), default=0)
                 held = len(set(os.listdir("/dev/shm")) - shared_before)
