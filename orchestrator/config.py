@@ -26,6 +26,7 @@ from gemma.config import (
     require,
     require_at_least,
 )
+from orchestrator.cluster import NAME, Cluster
 from orchestrator.faults import Chaos
 from orchestrator.topology import Slice, slice_type
 
@@ -37,34 +38,9 @@ class Run:
     cache: str  # of tokens and compiled programs, on every host
 
     def __post_init__(self) -> None:
-        ok = self.id is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.id)
+        ok = self.id is None or re.fullmatch(NAME, self.id)
         require(bool(ok), f"run.id={self.id}: letters, digits, '-' and '_', at most 64, none of the last two in front")
         require(self.id != "latest", "run.id=latest: means the newest run; give another name")
-
-
-@dataclass(frozen=True)
-class Cluster:
-    kind: Literal["local", "ray"]
-    slice: str
-    topology: str | None  # AxBxC; None is the slice's usual one
-    num_slices: int
-    min_slices: int | None  # with so many the run goes on while others are lost; None is all
-    address: str | None  # of a Ray cluster that exists already
-    repair_s: float | None  # cluster=local: a lost host is replaced after so long; None is never
-
-    def __post_init__(self) -> None:
-        slice_type(self.slice, self.topology)
-        require_at_least("cluster", {"num_slices": self.num_slices}, 1)
-        require(
-            self.min_slices is None or 1 <= self.min_slices <= self.num_slices,
-            f"cluster.min_slices={self.min_slices}: must be from 1 to cluster.num_slices={self.num_slices}, or null",
-        )
-        require(
-            self.repair_s is None or self.repair_s >= 0,
-            f"cluster.repair_s={self.repair_s}: must be at least 0, or null",
-        )
-        if self.kind == "ray":
-            require(self.address is not None, "cluster.address: missing; cluster=ray needs cluster.address=HOST:PORT")
 
 
 @dataclass(frozen=True)
@@ -205,6 +181,8 @@ def crossed(container: Mapping[str, Any]) -> Config:
 
 def describe(kind: Any) -> str:
     """A type as a user would say it."""
+    if is_dataclass(kind):
+        return "a section"
     if hasattr(kind, "__args__"):
         parts = kind.__args__
         names = [repr(p) if isinstance(p, str) else describe(p) for p in parts if p is not ...]
@@ -223,9 +201,10 @@ def describe(kind: Any) -> str:
 def typed_keys(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every dotted key of a config dataclass, with its type."""
     for name, hint in get_type_hints(kind).items():
-        if is_dataclass(hint):
-            yield from typed_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
-        else:
+        section = next((part for part in (hint, *getattr(hint, "__args__", ())) if is_dataclass(part)), None)
+        if section is not None:
+            yield from typed_keys(section, f"{prefix}{name}.")  # type: ignore[arg-type]
+        if section is not hint:
             yield prefix + name, hint
 
 
@@ -243,6 +222,8 @@ def flatten(container: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def unknown_key(key: str) -> str:
     """One line about a key that does not exist: the nearest ones, else the section's keys."""
     known = [k for k, _ in typed_keys(Config)]
+    if key in known:  # of a provider's section that this choice does not have
+        return f"{key}: goes with cluster={key.split('.')[1]}"
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.7)
     if near:
         return f"{key}: unknown key; did you mean {' or '.join(near)}?"

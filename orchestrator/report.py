@@ -92,6 +92,11 @@ class Report:
         self.events_file.write(row | evidence)
         self.look_at_files()
 
+    def provided(self, what: str, news: str) -> None:
+        """What the provider of the slices did, or said."""
+        self.event("provider", of=what, news=news)
+        self.screen.say(f"{what}: {news}")
+
     def look_at_files(self) -> None:
         """Tells the user once that the disk takes nothing, and once that it does again."""
         problem = self.metrics_file.problem or self.events_file.problem or self.goodput_problem

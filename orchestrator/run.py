@@ -26,6 +26,7 @@ from orchestrator.progress import summary
 from orchestrator.report import Report, resume_command
 from orchestrator.saves import Saves
 from orchestrator.sites import Site
+from orchestrator.slices.upkeep import NoSlicesError
 
 WINDOWS_IN_FLIGHT = 2
 LOOK_EVERY_S = 1.0  # at whether the hosts will stay
@@ -69,7 +70,7 @@ def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) ->
     """Trains until the last step. Raises ConfigError for the user's mistakes that only a host can see."""
     history: list[Failure] = []
     report.phase("reserve", "starting the cluster")
-    with slices.connect(config) as repair, sites.opened(config, folder, repair) as site:
+    with slices.connect(config, report.provided) as repair, sites.opened(config, folder, repair) as site:
         while True:
             report.begin_attempt()
             group = None
@@ -104,7 +105,7 @@ def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) ->
                 report.decided(decision)
                 if isinstance(decision, GiveUp):
                     return Exit.GAVE_UP
-            except TimeoutError as late:
+            except (TimeoutError, NoSlicesError) as late:
                 report.event("give_up", reason=str(late))
                 report.screen.say(f"gave up: {late}")
                 return Exit.GAVE_UP

@@ -19,11 +19,14 @@ STACKS_S = 2.0  # for a process to write its stacks
 def investigate(
     evidence: Sequence[Evidence], group: Group, site: Site, held: Mapping[str, Held], folder: Path, attempt: int
 ) -> list[Evidence]:
-    """The same hosts, with all that is to be known of them. held: what the keepers said that answered."""
+    """The same hosts, with all that is to be known of them, and those whose machine is gone: a peer that the loss made
+    abort may be heard of first. held: what the keepers said that answered.
+    """
     spots = group.placement.spots
-    lost = {spots[item.rank].node_id for item in evidence if item.died}
-    silent = lost & site.keepers.keys() - held.keys()
-    alive = wait_marked(silent)
+    alive = wait_marked({spot.node_id for spot in spots} & site.keepers.keys() - held.keys())
+    told_of = {item.rank for item in evidence}
+    gone = [rank for rank, spot in enumerate(spots) if spot.node_id not in alive and rank not in told_of]
+    evidence = [*evidence, *(Evidence(rank, died=True, message="its machine is gone") for rank in gone)]
     slices = {spot.slice_name for spot in spots if spot.node_id in alive}
     found = []
     for item in evidence:

@@ -10,27 +10,41 @@ import ray
 from gemma.config import ConfigError
 from orchestrator.config import Config
 from orchestrator.interrupt import handlers_kept
+from orchestrator.placement import whole_slices
 
 CODE = ("gemma", "orchestrator")  # the hosts run the code that was launched, not what lies there
 
 
 @contextmanager
-def connect(config: Config) -> Iterator[Callable[[], None]]:
+def connect(config: Config, _: Callable[[str, str], None]) -> Iterator[Callable[[], None]]:
     """Leaves the cluster as it was: only this run's actors and placement groups end."""
+    with connected(str(config.cluster.address), "cluster.address"):
+        yield lambda: None  # lost hosts are replaced by the cluster's owner, or its autoscaler
+
+
+@contextmanager
+def connected(address: str, key: str) -> Iterator[None]:
+    """To a Ray cluster, to whose hosts the code goes that was launched. Raises ConfigError naming the key."""
     top = Path(__file__).parents[2]
     modules = [str(top / name) for name in CODE]
     try:
         with handlers_kept():
             ray.init(
-                address=config.cluster.address,
+                address=address,
                 runtime_env={"py_modules": modules},
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
         why = str(error).strip().splitlines()[0]
-        raise ConfigError(f"cluster.address={config.cluster.address}: no Ray cluster answers there ({why})") from error
+        raise ConfigError(f"{key}={address}: no Ray cluster answers there ({why})") from error
     try:
-        yield lambda: None  # its owner's, or its autoscaler's
+        yield
     finally:
         ray.shutdown()
+
+
+def joined(config: Config) -> set[str]:
+    """The slices whose hosts are all there."""
+    whole = whole_slices(ray.nodes(), config.cluster.slice, config.slice.hosts)
+    return {spots[0].slice_name for spots in whole}

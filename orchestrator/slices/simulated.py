@@ -95,8 +95,7 @@ def start(hosts: Sequence[Host], temp_dir: Path) -> Cluster:
     for name in ("session/logs", "session/runtime_resources"):
         (temp_dir / name).mkdir(parents=True)
     deadline = time.monotonic() + START_TIMEOUT_S
-    command = [sys.executable, "-I", "-S", reaper_script.__file__, str(os.getpid()), str(temp_dir)]
-    reaper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    reaper = start_reaper(temp_dir)
     try:
         gcs = _start_gcs(temp_dir, reaper)
         # This import takes a third of a second, in which the GCS starts.
@@ -117,19 +116,26 @@ def start(hosts: Sequence[Host], temp_dir: Path) -> Cluster:
             cluster.nodes[index] = _start_raylet(cluster, index, host)
         _wait_for_nodes(cluster, deadline)
     except BaseException:
-        _end(temp_dir, reaper)
+        end(temp_dir, reaper)
         raise
     return cluster
 
 
 def stop(cluster: Cluster) -> None:
     """Kill all processes of the cluster and remove its directory."""
-    _end(cluster.temp_dir, cluster.reaper)
+    end(cluster.temp_dir, cluster.reaper)
     for node in (cluster.gcs, *cluster.nodes.values()):
         node.process.wait(STOP_TIMEOUT_S)
 
 
-def _end(temp_dir: Path, reaper: subprocess.Popen[bytes]) -> None:
+def start_reaper(temp_dir: Path) -> subprocess.Popen[bytes]:
+    """Ends what `spawn` starts, and removes the directory, at `end` or when this process dies."""
+    command = [sys.executable, "-I", "-S", reaper_script.__file__, str(os.getpid()), str(temp_dir)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
+def end(temp_dir: Path, reaper: subprocess.Popen[bytes]) -> None:
+    """Kill what was spawned, and remove the directory."""
     try:
         reaper.communicate(timeout=2 * STOP_TIMEOUT_S)  # closes its standard input
     except subprocess.TimeoutExpired:
@@ -149,7 +155,7 @@ def _tell(reaper: subprocess.Popen[bytes], group: int) -> None:
     reaper.stdin.flush()
 
 
-def _spawn(
+def spawn(
     reaper: subprocess.Popen[bytes], log: Path, env: Mapping[str, str], command: list[str]
 ) -> subprocess.Popen[bytes]:
     """Start a process in a group of its own: out of reach of Ctrl-C, but not of the reaper.
@@ -195,7 +201,7 @@ def _start_gcs(temp_dir: Path, reaper: subprocess.Popen[bytes]) -> Node:
         "session_name": "session",
     }
     command = [_ray_file("core/src/ray/gcs/gcs_server"), *_flags(flags)]
-    return Node(node_id, _spawn(reaper, session / "logs/gcs.log", {}, command))
+    return Node(node_id, spawn(reaper, session / "logs/gcs.log", {}, command))
 
 
 def _start_raylet(cluster: Cluster, index: int, host: Host) -> Node:
@@ -251,7 +257,7 @@ def _start_raylet(cluster: Cluster, index: int, host: Host) -> Node:
     }
     log = session / f"logs/raylet-{node_id[:8]}.log"
     command = [_ray_file("core/src/ray/raylet/raylet"), *_flags(flags)]
-    return Node(node_id, _spawn(cluster.reaper, log, host.env, command))
+    return Node(node_id, spawn(cluster.reaper, log, host.env, command))
 
 
 def _wait(ready: Callable[[], bool], nodes: Sequence[Node], deadline: float, what: str, temp_dir: Path) -> None:

@@ -47,7 +47,7 @@ def rss_mb(pid: int) -> float:
 def main() -> None:
     failures = int(sys.argv[1]) if len(sys.argv) > 1 else 100
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    shared_before = set(os.listdir("/dev/shm"))
+    shared_before, folders_before = set(os.listdir("/dev/shm")), set(Path("/tmp").glob("gemma-*"))
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         steps = STEPS_APART * failures
@@ -55,6 +55,7 @@ def main() -> None:
         process = launch(
             *("train", f"run.root={root}", "run.id=soak", f"train.steps={steps}", "checkpoint.every=100"),
             *("eval.every=0", "chaos=random", f"chaos.random={failures}", f"chaos.seed={seed}", f"chaos.kinds={kinds}"),
+            f"retry.budget={failures}",  # dice may well strike four times between two checkpoints
         )
         print("failures  step  processes  controller: handles, MB   all: handles  /dev/shm", flush=True)
         told, pids = -1, []
@@ -77,7 +78,7 @@ def main() -> None:
         time.sleep(2.0)
         left = [pid for pid in pids if Path(f"/proc/{pid}").exists() and pid != os.getpid()]
         shared = sorted(set(os.listdir("/dev/shm")) - shared_before)
-        folders = list(Path("/tmp").glob("gemma-*"))
+        folders = sorted(map(str, set(Path("/tmp").glob("gemma-*")) - folders_before))
         print(f"after the end: processes {left}, in /dev/shm {shared}, temporary folders {folders}")
         print("\n".join(out.splitlines()[:2]))
 

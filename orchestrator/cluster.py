@@ -1,0 +1,85 @@
+"""Which slices a run wants and who gives them: the `cluster` section of the configuration."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from gemma.config import require, require_at_least
+from orchestrator.topology import slice_type
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
+
+
+@dataclass(frozen=True)
+class Gcp:
+    """Google's Cloud TPU API."""
+
+    project: str | None  # None is that of the credentials
+    zones: tuple[str, ...]  # in order of preference
+    patience_s: float  # for a zone that has no capacity now, before the next is asked
+    valid_hours: float  # after so long without a slice a request ends by itself
+    rejoin_s: float  # for the hosts of a slice to be in the Ray cluster, before it is given back for another
+    reservation: str | None  # projects/P/locations/Z/reservations/R, with cluster.capacity=reserved
+    runtime: str
+    image: str | None  # of a container in which the host's part runs; None is the machine itself
+    python: str  # that has what constraints.txt names, on the host or in the image
+    startup_script: str | None  # a file here: run on each host before it joins
+    network: str | None
+    subnetwork: str | None
+    external_ips: bool
+    service_account: str | None
+    disk: str | None  # a persistent disk that is there, attached read-only to each host
+    port: int  # of the Ray cluster's head on this machine
+    poll_s: float  # from look to look at what is there
+    endpoint: str | None  # HOST:PORT of another server of the same API, asked without credentials: for tests
+
+    def __post_init__(self) -> None:
+        require(bool(self.zones), "cluster.gcp.zones=[]: empty; give zones that have v5p, as in [us-east5-a]")
+        ok = all(re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", zone) for zone in self.zones)
+        shown = ",".join(self.zones)
+        require(ok, f"cluster.gcp.zones=[{shown}]: must be names of zones, as in us-east5-a")
+        require(len(set(self.zones)) == len(self.zones), f"cluster.gcp.zones=[{shown}]: a zone is named twice")
+        for name in ("patience_s", "valid_hours", "rejoin_s", "poll_s"):
+            require(getattr(self, name) > 0, f"cluster.gcp.{name}={getattr(self, name)}: must be above 0")
+        require(1024 <= self.port <= 65535, f"cluster.gcp.port={self.port}: must be from 1024 to 65535")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    kind: Literal["local", "ray", "gcp"]
+    slice: str
+    topology: str | None  # AxBxC; None is the slice's usual one
+    num_slices: int
+    min_slices: int | None  # with so many the run goes on while others are lost; None is all
+    address: str | None  # of a Ray cluster that exists already
+    repair_s: float | None  # cluster=local: a lost host is replaced after so long; None is never
+    capacity: Literal["on-demand", "spot", "reserved"]
+    name: str | None  # slices that are this name's, not the run's: kept, and taken up by the next that gives it
+    keep: bool  # the slices outlive the run
+    gcp: Gcp | None
+
+    def __post_init__(self) -> None:
+        slice_type(self.slice, self.topology)
+        require_at_least("cluster", {"num_slices": self.num_slices}, 1)
+        require(
+            self.min_slices is None or 1 <= self.min_slices <= self.num_slices,
+            f"cluster.min_slices={self.min_slices}: must be from 1 to cluster.num_slices={self.num_slices}, or null",
+        )
+        require(
+            self.repair_s is None or self.repair_s >= 0,
+            f"cluster.repair_s={self.repair_s}: must be at least 0, or null",
+        )
+        allowed = "letters, digits, '-' and '_', at most 64, none of the last two in front"
+        require(
+            self.name is None or bool(re.fullmatch(NAME, self.name)), f"cluster.name={self.name}: {allowed}, or null"
+        )
+        if self.kind == "ray":
+            require(self.address is not None, "cluster.address: missing; cluster=ray needs cluster.address=HOST:PORT")
+        if self.kind == "gcp":
+            require(self.gcp is not None, "cluster.gcp: missing; cluster=gcp brings it")
+            reservation = self.gcp.reservation if self.gcp else None
+            require(
+                (self.capacity == "reserved") == (reservation is not None),
+                f"cluster.gcp.reservation={reservation or 'null'}: goes with cluster.capacity=reserved, which is"
+                f" {self.capacity}",
+            )

@@ -1,0 +1,245 @@
+"""cluster=gcp: slices of Google's Cloud TPU API, a queued resource each.
+
+Source: cloud.google.com/tpu/docs/queued-resources and the messages of google.cloud.tpu_v2alpha1.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import grpc
+from google.api_core import exceptions
+from google.auth import default as default_credentials
+from google.auth.exceptions import GoogleAuthError
+from google.cloud import tpu_v2alpha1 as tpu
+from google.cloud.tpu_v2alpha1.services.tpu.transports import TpuGrpcTransport
+
+from gemma.config import ConfigError
+from orchestrator.cluster import Cluster, Gcp
+from orchestrator.config import Config
+from orchestrator.slices import existing, head, startup
+from orchestrator.slices.upkeep import Provider, RefusedError, Upkeep, kept
+from orchestrator.slices.wanted import Ask, Request, State, Wanted, owner_label
+from orchestrator.topology import TOPOLOGIES, slice_type
+
+CALL_TIMEOUT_S = 30.0
+SETTLE_S = 5.0  # for a request to be taken or refused
+OURS, OWNER = (
+    "gemma-orchestrator",
+    "gemma-owner",
+)  # labels of the nodes; the second is in their metadata too, unabridged
+SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+States = tpu.QueuedResourceState.State
+STATES = {
+    States.ACTIVE: State.READY,
+    States.FAILED: State.LOST,
+    States.SUSPENDING: State.LOST,
+    States.SUSPENDED: State.LOST,
+    States.DELETING: State.GOING,
+}
+TROUBLE = (
+    exceptions.ServerError,  # 500, unavailable, deadline exceeded
+    exceptions.RetryError,
+    exceptions.Aborted,
+    exceptions.Cancelled,
+    exceptions.Conflict,
+    ConnectionError,
+)
+
+
+class Api:
+    """A client, and how many calls it has made: what a project may ask in a minute is limited."""
+
+    def __init__(self, client: tpu.TpuClient, project: str):
+        self.client, self.project = client, project
+        self.calls = 0
+
+    def call(self, verb: str, request: Any) -> Any:
+        """Raises RefusedError."""
+        self.calls += 1
+        try:
+            return getattr(self.client, verb)(request=request, timeout=CALL_TIMEOUT_S, retry=None)
+        except (exceptions.GoogleAPICallError, exceptions.RetryError, GoogleAuthError, ConnectionError) as error:
+            raise refusal(error) from error
+
+
+def api(gcp: Gcp) -> Api:
+    """Raises ConfigError where there are no credentials, or no project."""
+    if gcp.endpoint is not None:
+        channel = grpc.insecure_channel(gcp.endpoint)
+        return Api(tpu.TpuClient(transport=TpuGrpcTransport(channel=channel)), gcp.project or "emulated")
+    try:
+        credentials, project = default_credentials(scopes=[SCOPE])
+    except GoogleAuthError as error:
+        raise ConfigError(
+            "cluster=gcp: no credentials; allowed: gcloud auth application-default login, or"
+            f" GOOGLE_APPLICATION_CREDENTIALS=FILE ({str(error).splitlines()[0]})"
+        ) from error
+    if not (named := gcp.project or project):
+        raise ConfigError("cluster.gcp.project: missing; the credentials name none")
+    return Api(tpu.TpuClient(credentials=credentials), named)
+
+
+def refusal(error: Exception) -> RefusedError:
+    """What an error of the client means."""
+    message = " ".join(str(getattr(error, "message", "") or error).split())
+    if isinstance(error, TROUBLE):
+        return RefusedError("trouble", f"{type(error).__name__}: {message}")
+    if isinstance(error, exceptions.TooManyRequests | exceptions.FailedPrecondition):  # RESOURCE_EXHAUSTED is the first
+        return RefusedError(shortage(message), message)
+    return RefusedError("forbidden", f"{type(error).__name__}: {message}")
+
+
+def shortage(message: str) -> Any:
+    """Quota is told from capacity by words alone: Google gives both the same codes."""
+    said = message.lower()
+    if "quota exceeded for quota metric" in said and "per minute" in said:
+        return "trouble"  # of calls, not of chips
+    if "quota" in said:
+        return "quota"
+    return "stock-out" if "capacity" in said or "stockout" in said or "resources" in said else "forbidden"
+
+
+def look(api: Api, zones: Sequence[str]) -> list[Request]:
+    """Everybody's slices that this software has asked for. Raises RefusedError where a zone cannot be seen."""
+    found = []
+    parent = f"projects/{api.project}/locations/-"
+    token = ""
+    while True:
+        asked = tpu.ListQueuedResourcesRequest(parent=parent, page_size=500, page_token=token)
+        page = next(iter(api.call("list_queued_resources", asked).pages))
+        unseen = {name.rpartition("/")[2] for name in page.unreachable} & set(zones)
+        if unseen:
+            raise RefusedError("trouble", f"cannot be seen now: {', '.join(sorted(unseen))}")
+        found += [told(resource) for resource in page.queued_resources if is_ours(resource)]
+        token = page.next_page_token
+        if not token:
+            return found
+
+
+def is_ours(resource: tpu.QueuedResource) -> bool:
+    return any(OURS in spec.node.labels for spec in resource.tpu.node_spec)
+
+
+def told(resource: tpu.QueuedResource) -> Request:
+    node = resource.tpu.node_spec[0].node
+    _, _, _, zone, _, name = resource.name.split("/")
+    state = STATES.get(resource.state.state, State.WAITING)
+    why = ""
+    if state is State.LOST:
+        said = resource.state.failed_data.error.message or "preempted, or taken back by its owner"
+        why = f"{resource.state.state.name.lower()}: {said}"
+    return Request(
+        name=name,
+        zone=zone,
+        owner=node.metadata.get(OWNER) or node.labels.get(OWNER, ""),
+        state=state,
+        slice=node.metadata.get("gemma-slice-type", node.accelerator_type),
+        topology=node.metadata.get("gemma-topology", ""),
+        since=resource.create_time.timestamp() if resource.create_time else time.time(),
+        why=why,
+        capacity="spot" if "spot" in resource else "reserved" if resource.reservation_name else "on-demand",
+    )
+
+
+def queued_resource(cluster: Cluster, owner: str, ask: Ask, project: str, script: str, head_at: str) -> Any:
+    """One slice as the API is to be asked for it."""
+    gcp = cluster.gcp
+    assert gcp is not None
+    kind = slice_type(cluster.slice, cluster.topology)
+    parent = f"projects/{project}/locations/{ask.zone}"
+    usual = "x".join(map(str, TOPOLOGIES[cluster.slice])) == kind.topology
+    node = tpu.Node(
+        runtime_version=gcp.runtime,
+        network_config=tpu.NetworkConfig(
+            network=gcp.network or "", subnetwork=gcp.subnetwork or "", enable_external_ips=gcp.external_ips
+        ),
+        labels={OURS: "1", OWNER: owner_label(owner)},
+        metadata={
+            "startup-script": script,
+            OWNER: owner,
+            "gemma-slice": ask.name,
+            "gemma-slice-type": kind.name,
+            "gemma-topology": kind.topology,
+            "gemma-head": head_at,
+        },
+    )
+    if usual:
+        node.accelerator_type = kind.name
+    else:
+        node.accelerator_config = tpu.AcceleratorConfig(type_="V5P", topology=kind.topology)
+    if gcp.service_account:
+        node.service_account = tpu.ServiceAccount(email=gcp.service_account, scope=[SCOPE])
+    if gcp.disk:
+        node.data_disks = [tpu.AttachedDisk(source_disk=gcp.disk, mode="READ_ONLY")]
+    wanted = tpu.QueuedResource(
+        tpu={"node_spec": [{"parent": parent, "node_id": ask.name, "node": node}]},
+        queueing_policy={"valid_until_duration": {"seconds": int(gcp.valid_hours * 3600)}},
+    )
+    if cluster.capacity == "spot":
+        wanted.spot = tpu.QueuedResource.Spot()
+    elif cluster.capacity == "reserved":
+        wanted.guaranteed = tpu.QueuedResource.Guaranteed(reserved=True)
+        wanted.reservation_name = gcp.reservation or ""
+    return tpu.CreateQueuedResourceRequest(parent=parent, queued_resource_id=ask.name, queued_resource=wanted)
+
+
+def ask(api: Api, request: tpu.CreateQueuedResourceRequest) -> None:
+    """Returns once the request is in the queue, or as good as. Raises RefusedError."""
+    operation = api.call("create_queued_resource", request)
+    deadline = time.monotonic() + SETTLE_S
+    while time.monotonic() < deadline:
+        api.calls += 1
+        try:
+            if operation.done(retry=None):
+                operation.result(timeout=CALL_TIMEOUT_S)
+                return
+        except exceptions.GoogleAPICallError as error:
+            raise refusal(error) from error
+        time.sleep(0.5)
+
+
+def give_back(api: Api, request: Request) -> None:
+    """Returns once that is under way. The nodes end with the request."""
+    name = f"projects/{api.project}/locations/{request.zone}/queuedResources/{request.name}"
+    try:
+        api.call("delete_queued_resource", tpu.DeleteQueuedResourceRequest(name=name, force=True))
+    except RefusedError as refused:
+        if not isinstance(refused.__cause__, exceptions.NotFound):  # gone meanwhile
+            raise
+
+
+def provider(api: Api, cluster: Cluster, owner: str, script: str, head_at: str, joined: Callable[[], set[str]]) -> Any:
+    assert cluster.gcp is not None
+
+    def put(asked: Ask) -> None:
+        ask(api, queued_resource(cluster, owner, asked, api.project, script, head_at))
+
+    return Provider(partial(look, api, cluster.gcp.zones), put, partial(give_back, api), joined)
+
+
+def wanted(cluster: Cluster, owner: str) -> Wanted:
+    assert cluster.gcp is not None
+    kind = slice_type(cluster.slice, cluster.topology)
+    return Wanted(owner, kind.name, kind.topology, cluster.num_slices, cluster.gcp.zones, cluster.gcp.patience_s)
+
+
+@contextmanager
+def connect(config: Config, tell: Callable[[str, str], None]) -> Iterator[Callable[[], None]]:
+    """A Ray head here, slices that join it, and all of it given back at the end, unless it is to be kept."""
+    cluster, gcp = config.cluster, config.cluster.gcp
+    assert gcp is not None
+    assert config.run.id is not None
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    logging.getLogger("google").setLevel(logging.ERROR)
+    asked, script = api(gcp), startup.script(gcp)
+    owner = cluster.name or config.run.id
+    with head.opened(cluster, gcp) as address, existing.connected(address, "cluster.address"):
+        made = provider(asked, cluster, owner, script, address, partial(existing.joined, config))
+        upkeep = Upkeep(wanted(cluster, owner), made, gcp.poll_s, gcp.rejoin_s)
+        with kept(upkeep, cluster.keep or cluster.name is not None, tell) as check:
+            yield check

@@ -1,0 +1,73 @@
+"""The head of the Ray cluster that slices join: one on this machine, for as long as the run, or one that is there."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gemma.config import ConfigError
+from orchestrator.cluster import Cluster, Gcp
+from orchestrator.slices import simulated
+
+START_TIMEOUT_S = 60.0
+ANY = "10.255.255.255"  # no packet is sent there: the system is asked which way one would go
+
+
+@contextmanager
+def opened(cluster: Cluster, gcp: Gcp) -> Iterator[str]:
+    """Its address. Raises ConfigError where none can be had."""
+    if cluster.address is not None:
+        yield cluster.address
+        return
+    address = f"{own_ip(gcp)}:{gcp.port}"
+    if listens(address):
+        raise ConfigError(
+            f"cluster.gcp.port={gcp.port}: taken on {address}; another port, or cluster.address={address} if a Ray head"
+            " is there for this run"
+        )
+    folder = Path(tempfile.mkdtemp(prefix="gemma-", dir="/tmp"))
+    reaper = simulated.start_reaper(folder)
+    try:
+        start(address, folder, reaper)
+        yield address
+    finally:
+        simulated.end(folder, reaper)
+
+
+def own_ip(gcp: Gcp) -> str:
+    """Under which other machines reach this one."""
+    if gcp.endpoint is not None and gcp.endpoint.startswith("127."):
+        return "127.0.1.1"  # the slices are processes here
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((ANY, 1))
+        return str(probe.getsockname()[0])
+
+
+def start(address: str, folder: Path, reaper: "subprocess.Popen[bytes]") -> None:
+    """Returns once it answers. It ends with the reaper, and that with this process."""
+    ip, _, port = address.rpartition(":")
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    command += [f"--node-ip-address={ip}", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"]
+    command += [f"--temp-dir={folder / 'ray'}", "--ray-client-server-port=0"]
+    log = folder / "head.log"
+    env = {"RAY_enable_open_telemetry": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    head = simulated.spawn(reaper, log, env, command)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not listens(address):
+        if head.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"no Ray head came up at {address}: {log.read_text()[-2000:]}")
+        time.sleep(0.05)
+
+
+def listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1.0).close()
+    except OSError:
+        return False
+    return True

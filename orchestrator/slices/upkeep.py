@@ -1,0 +1,192 @@
+"""Keeps what a provider gives as it is wanted: looks and acts, again and again, in a thread beside the run."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gemma.config import ConfigError
+from orchestrator.slices.wanted import Ask, GiveBack, Request, State, Wanted, reconcile
+
+WORST_WAIT_S = 60.0  # between two looks while the provider is in trouble
+CLEAR_TIMEOUT_S = 300.0
+PATIENT_LOOKS = 3  # that find nothing before it is believed: what was asked for a moment ago may not be shown yet
+
+
+class RefusedError(Exception):
+    """The provider did not do as asked. stock-out, quota: not there, not now. forbidden: never, as it stands.
+    trouble: of its own; the next try may work."""
+
+    def __init__(self, kind: Literal["stock-out", "quota", "forbidden", "trouble"], message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+class NoSlicesError(Exception):
+    """The provider will not give what is wanted."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Its verbs; each raises RefusedError."""
+
+    look: Callable[[], Sequence[Request]]  # at everybody's
+    ask: Callable[[Ask], None]
+    give_back: Callable[[Request], None]
+    joined: Callable[[], set[str]]  # the slices whose hosts are all in the Ray cluster
+
+
+@dataclass
+class Upkeep:
+    """What is remembered from look to look, and what the run is told."""
+
+    wanted: Wanted
+    provider: Provider
+    poll_s: float
+    rejoin_s: float
+    turned_down: dict[str, float] = field(default_factory=dict)  # zone: until then
+    quotas: dict[str, str] = field(default_factory=dict)  # zone: what it said
+    bad: dict[str, str] = field(default_factory=dict)  # slices to be replaced, and why
+    absent_since: dict[str, float] = field(default_factory=dict)  # ready, and not in the Ray cluster
+    states: dict[str, State] = field(default_factory=dict)
+    news: deque[tuple[str, str]] = field(default_factory=deque)  # slice or zone, what happened
+    asked: bool = False  # something may be there
+    failed: Exception | None = None
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
+def step(upkeep: Upkeep) -> None:
+    """One look, and what follows from it. Raises RefusedError in trouble, ConfigError or NoSlicesError for good."""
+    now = time.time()
+    there = upkeep.provider.look()
+    note(upkeep, there, now)
+    for action in reconcile(upkeep.wanted, there, upkeep.turned_down, upkeep.bad, now):
+        if upkeep.ended.is_set():
+            return
+        if isinstance(action, GiveBack):
+            upkeep.news.append((action.request.name, f"given back: {action.why}"))
+            if action.request.state is State.WAITING and now - action.request.since > upkeep.wanted.patience_s:
+                turn_down(upkeep, action.request.zone, now)
+            upkeep.provider.give_back(action.request)
+        else:
+            ask(upkeep, action, now)
+
+
+def ask(upkeep: Upkeep, action: Ask, now: float) -> None:
+    upkeep.asked = True
+    try:
+        upkeep.provider.ask(action)
+        upkeep.news.append((action.name, f"asked for in {action.zone}"))
+    except RefusedError as refused:
+        if refused.kind == "trouble":
+            raise  # the next look shows whether it came about all the same
+        told = f"{action.zone}: {refused}"
+        upkeep.news.append((action.zone, f"{refused.kind}: {refused}"))
+        if refused.kind == "forbidden":
+            raise (ConfigError if not upkeep.states else NoSlicesError)(told) from refused
+        turn_down(upkeep, action.zone, now)
+        if refused.kind == "quota":
+            upkeep.quotas[action.zone] = str(refused)
+            if set(upkeep.quotas) >= set(upkeep.wanted.zones):
+                said = "; ".join(f"{zone}: {upkeep.quotas[zone]}" for zone in upkeep.wanted.zones)
+                raise NoSlicesError(f"no zone's quota allows a {upkeep.wanted.slice}: {said}") from refused
+
+
+def turn_down(upkeep: Upkeep, zone: str, now: float) -> None:
+    upkeep.turned_down[zone] = now + upkeep.wanted.patience_s
+
+
+def note(upkeep: Upkeep, there: Sequence[Request], now: float) -> None:
+    """What has changed since the last look."""
+    mine = [r for r in there if r.owner == upkeep.wanted.owner]
+    for r in mine:
+        if upkeep.states.get(r.name) is not r.state:
+            upkeep.news.append((r.name, f"{r.state.value} in {r.zone}" + (f": {r.why}" if r.why else "")))
+            if r.state is State.LOST and upkeep.states.get(r.name) in (None, State.WAITING):
+                turn_down(upkeep, r.zone, now)  # it never came to be
+    upkeep.states = {r.name: r.state for r in mine}
+    upkeep.asked = upkeep.asked or bool(mine)  # an earlier controller did
+    ready = {r.name for r in mine if r.state is State.READY}
+    for r in mine:
+        upkeep.quotas.pop(r.zone, None)
+    absent = ready - upkeep.provider.joined() if ready else set()
+    upkeep.absent_since = {name: upkeep.absent_since.get(name, now) for name in absent}
+    for name, since in upkeep.absent_since.items():
+        if now - since > upkeep.rejoin_s:
+            upkeep.bad[name] = f"its hosts are not in the Ray cluster after {now - since:.0f} s"
+    upkeep.bad = {name: why for name, why in upkeep.bad.items() if name in upkeep.states}
+
+
+def loop(upkeep: Upkeep) -> None:
+    wait_s = upkeep.poll_s
+    while not upkeep.ended.wait(wait_s):
+        try:
+            step(upkeep)
+            wait_s = upkeep.poll_s
+        except RefusedError as trouble:
+            wait_s = min(2 * wait_s, WORST_WAIT_S)
+            upkeep.news.append(("provider", f"{trouble}; again in {wait_s:.0f} s"))
+        except Exception as error:
+            upkeep.failed = error
+            return
+
+
+@contextmanager
+def kept(upkeep: Upkeep, keep: bool, tell: Callable[[str, str], None]) -> Iterator[Callable[[], None]]:
+    """Gives what the run calls again and again: it passes on the news and raises what ended the upkeep. At the end
+    all is given back, unless `keep`.
+    """
+
+    def check() -> None:
+        while upkeep.news:
+            tell(*upkeep.news.popleft())
+        if upkeep.failed is not None:
+            raise upkeep.failed
+
+    try:
+        step(upkeep)  # here, so that what is wrong with the user's part is known before anything is waited for
+    except RefusedError as refused:
+        if refused.kind != "trouble":
+            raise ConfigError(str(refused)) from refused
+        upkeep.news.append(("provider", str(refused)))
+    except Exception as error:  # something may have been made
+        upkeep.failed = error
+    thread = threading.Thread(target=loop, args=(upkeep,), name="upkeep", daemon=True)
+    if upkeep.failed is None:
+        thread.start()
+    try:
+        yield check
+    finally:
+        upkeep.ended.set()
+        if thread.ident is not None:
+            thread.join(CLEAR_TIMEOUT_S)
+        if not keep and upkeep.asked:
+            clear(upkeep.provider, upkeep.wanted.owner, upkeep.poll_s, tell)
+
+
+def clear(
+    provider: Provider, owner: str, poll_s: float, tell: Callable[[str, str], None], patient: bool = False
+) -> list[Request]:
+    """Gives back all that is an owner's, and returns once it is gone; gives what is left where that takes too long.
+
+    patient: nothing is found several times before it is believed, as whoever asked may just have died.
+    """
+    deadline, left, nothing = time.monotonic() + CLEAR_TIMEOUT_S, list[Request](), 0
+    while time.monotonic() < deadline:
+        try:
+            left = [r for r in provider.look() if r.owner == owner]
+            for request in (r for r in left if r.state is not State.GOING):
+                tell(request.name, "given back: no longer wanted")
+                provider.give_back(request)
+            nothing = 0 if left else nothing + 1
+            if nothing >= (PATIENT_LOOKS if patient else 1):
+                return []
+        except RefusedError as trouble:
+            tell("provider", str(trouble))
+        time.sleep(min(poll_s, 1.0))
+    names = ", ".join(r.name for r in left) or owner
+    tell("provider", f"still not gone after {CLEAR_TIMEOUT_S:.0f} s: {names}; python -m launch.cluster down finds them")
+    return left

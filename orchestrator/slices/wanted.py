@@ -1,0 +1,99 @@
+"""What is wanted of a provider, what is there, and what to do about the difference. Pure."""
+
+import hashlib
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+
+class State(Enum):
+    WAITING = "waiting"  # asked for
+    READY = "ready"
+    LOST = "lost"  # failed, preempted, lapsed: nothing comes of it any more, but it must be given back
+    GOING = "going"  # being given back
+
+
+@dataclass(frozen=True)
+class Wanted:
+    owner: str  # whose they are: a run's id, or cluster.name
+    slice: str
+    topology: str
+    count: int
+    zones: tuple[str, ...]  # in order of preference
+    patience_s: float = 600.0  # for a zone without capacity, before the next is asked
+
+
+@dataclass(frozen=True)
+class Request:
+    """One slice, as the provider tells of it."""
+
+    name: str
+    zone: str
+    owner: str
+    state: State
+    slice: str
+    topology: str
+    since: float  # time.time() at which it was asked for
+    why: str = ""  # it is lost
+    capacity: str = "on-demand"
+
+
+@dataclass(frozen=True)
+class Ask:
+    name: str
+    zone: str
+
+
+@dataclass(frozen=True)
+class GiveBack:
+    request: Request
+    why: str
+
+
+def reconcile(
+    wanted: Wanted, there: Sequence[Request], turned_down: Mapping[str, float], bad: Mapping[str, str], now: float
+) -> list[Ask | GiveBack]:
+    """Brings what is there nearer to what is wanted; nothing of another owner is touched.
+
+    turned_down: until when a zone is not asked. bad: slices to be replaced, and why. What is being given back still
+    counts against the quota: its successor is asked for once it is gone.
+    """
+    mine = sorted((r for r in there if r.owner == wanted.owner), key=lambda r: (r.since, r.name))
+    open_zones = [zone for zone in wanted.zones if turned_down.get(zone, 0.0) <= now]
+    back = {r.name: GiveBack(r, why) for r in mine if (why := fault(r, wanted, open_zones, bad, now))}
+    live = [r for r in mine if r.state is not State.GOING and r.name not in back]
+    for extra in sorted(live, key=lambda r: r.state is State.READY)[: max(0, len(live) - wanted.count)]:
+        back[extra.name] = GiveBack(extra, "is not wanted")
+    missing = wanted.count - sum(r.state is State.GOING or r.name in back or r in live for r in mine)
+    here = [r.zone for r in live if r.zone in open_zones]  # slices of one run best lie together
+    zone = next(iter([*here, *open_zones]), None)
+    asked = [Ask(request_name(wanted.owner, now, i), zone) for i in range(missing)] if zone else []
+    return [*(done for done in back.values() if done.request.state is not State.GOING), *asked]
+
+
+def fault(r: Request, wanted: Wanted, open_zones: Collection[str], bad: Mapping[str, str], now: float) -> str:
+    """Why a request is of no use; nothing where it is."""
+    if r.state is State.GOING:
+        return ""
+    if r.state is State.LOST:
+        return r.why or "is lost"
+    if (r.slice, r.topology) != (wanted.slice, wanted.topology):
+        return f"is a {r.slice} of {r.topology}, wanted is {wanted.slice} of {wanted.topology}"
+    waited_s = now - r.since
+    if r.state is State.WAITING and waited_s > wanted.patience_s and any(zone != r.zone for zone in open_zones):
+        return f"no capacity in {r.zone} within {waited_s:.0f} s"
+    return bad.get(r.name, "")
+
+
+def owner_label(owner: str) -> str:
+    """An owner's name as a label's value, or part of a resource's name: lower case, and no two owners alike."""
+    plain = re.sub(r"[^a-z0-9]+", "-", owner.lower()).strip("-")
+    if plain == owner and len(plain) <= 30:
+        return plain
+    return f"{plain[:23].strip('-')}-{hashlib.sha256(owner.encode()).hexdigest()[:6]}"
+
+
+def request_name(owner: str, now: float, index: int) -> str:
+    """Never used before, so that what is still being given back is in nobody's way."""
+    return f"gemma-{owner_label(owner)}-{int(now * 1000):x}-{index}"
