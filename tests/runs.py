@@ -1,5 +1,6 @@
 """Real runs for tests: the command as a user types it, in a process of its own."""
 
+import contextlib
 import json
 import os
 import signal
@@ -93,3 +94,12 @@ def event_names(folder: Path) -> list[str]:
 
 def goodput(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "goodput.json").read_text())
+
+
+def orphaned_folders() -> set[Path]:
+    """The temporary folders of simulated clusters that no living process is named after: their reaper is gone."""
+    lines = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            lines.append(file.read_text(errors="replace"))
+    return {path for path in Path("/tmp").glob("gemma-*") if not any(str(path) in line for line in lines)}

@@ -18,6 +18,7 @@ from tests.runs import (
     kill_worker,
     launch,
     losses,
+    orphaned_folders,
     wait_for,
     wait_for_step,
 )
@@ -55,7 +56,7 @@ def test_sigterm_saves_leaves_with_3_and_resume_ends_bitwise_the_same(undisturbe
 def test_a_signal_before_the_first_step_leaves_with_3_and_a_run_that_resumes(
     root: Path, moment: str, number: signal.Signals
 ) -> None:
-    folder = root / f"early-{moment}-{number.name}"
+    folder, before = root / f"early-{moment}-{number.name}", orphaned_folders()
     process = launch("train", f"run.root={root}", f"run.id={folder.name}", *SMALL)
     there = {"manifest": lambda: (folder / "manifest.json").exists()}
     wait_for(there.get(moment, lambda: moment in event_names(folder)), moment, process)
@@ -63,6 +64,8 @@ def test_a_signal_before_the_first_step_leaves_with_3_and_a_run_that_resumes(
     out = finish(process, 3)
     assert f"python -m launch.resume run={folder.name}" in out
     assert rundir.runs(str(root))[-1] == folder
+    time.sleep(1.0)  # a process that escaped makes its directories anew
+    assert orphaned_folders() <= before
 
 
 @pytest.mark.parametrize("rank", [0, 1])
