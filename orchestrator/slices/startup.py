@@ -36,7 +36,7 @@ done
 """
 RAY = (
     '-m ray.scripts.scripts start --block --disable-usage-stats --address="$HEAD" --node-ip-address="$IP"'
-    ' --resources="$RESOURCES" --labels="$LABELS"'
+    ' --num-cpus=1 --resources="$RESOURCES" --labels="$LABELS" --object-store-memory=1000000000'
 )
 CONTAINER = (
     "docker run --rm --name gemma --privileged --net=host --ipc=host --shm-size=16g"
