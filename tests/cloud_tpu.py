@@ -61,13 +61,13 @@ class Given:
     resource: Any
     hosts: int
     moved_at: float  # to its state
-    machines: list[machines.Machine] = field(default_factory=list)
+    booted: list[machines.Machine] = field(default_factory=list)
 
 
 @dataclass
 class Cloud:
     settings: Settings
-    machines: machines.Machines
+    place: machines.Machines
     endpoint: str = ""
     given: dict[str, Given] = field(default_factory=dict)
     operations: dict[str, Any] = field(default_factory=dict)
@@ -112,7 +112,7 @@ def tick(cloud: Cloud) -> None:
         elif state is States.PROVISIONING and age_s >= cloud.settings.provision_s:
             if cloud.settings.hosts:
                 node = one.resource.tpu.node_spec[0].node
-                one.machines = [machines.boot(cloud.machines, dict(node.metadata), w) for w in range(one.hosts)]
+                one.booted = [machines.boot(cloud.place, dict(node.metadata), w) for w in range(one.hosts)]
             cloud.move(one, States.ACTIVE)
         elif state is States.ACTIVE and cloud.settings.preempt_s is not None and not cloud.preempted:
             if age_s >= cloud.settings.preempt_s:
@@ -128,15 +128,15 @@ def tick(cloud: Cloud) -> None:
 
 
 def preempt(cloud: Cloud, one: Given) -> None:
-    for machine in one.machines:
+    for machine in one.booted:
         machines.warn(machine)
     cloud.move(one, States.SUSPENDING)
 
 
 def end(cloud: Cloud, one: Given) -> None:
-    for machine in one.machines:
-        machines.end(cloud.machines, machine)
-    one.machines.clear()
+    for machine in one.booted:
+        machines.end(cloud.place, machine)
+    one.booted.clear()
 
 
 def list_all(cloud: Cloud, request: Any, context: grpc.ServicerContext) -> Any:

@@ -1,4 +1,4 @@
-"""What is done about the difference between what is wanted of a provider and what is there: a table, without a cloud."""
+"""What is done about the difference between what is wanted of a provider and what is there. No cloud."""
 
 import random
 from dataclasses import replace

@@ -53,7 +53,7 @@ def start(address: str, folder: Path, reaper: "subprocess.Popen[bytes]") -> None
     ip, _, port = address.rpartition(":")
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--node-ip-address={ip}", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"]
-    command += [f"--temp-dir={folder / 'ray'}", "--ray-client-server-port=0"]
+    command += [f"--temp-dir={folder / 'ray'}", f"--ray-client-server-port={int(port) + 1}"]
     log = folder / "head.log"
     env = {"RAY_enable_open_telemetry": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     head = simulated.spawn(reaper, log, env, command)
