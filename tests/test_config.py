@@ -39,7 +39,9 @@ def test_every_choice_of_every_group_crosses_into_config(choice: str) -> None:
 
 
 def test_the_yaml_holds_every_key_of_config_and_no_other() -> None:
-    assert set(flatten(container())) == {key for key, _ in typed_keys(Config)}
+    """A provider's section is there with that provider, and null with others."""
+    assert set(flatten(container("cluster=gcp"))) | {"cluster.gcp"} == {key for key, _ in typed_keys(Config)}
+    assert container()["cluster"]["gcp"] is None
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from orchestrator.config import Config
 
-MODULES = {"local": "local", "ray": "existing", "gcp": "gcp"}
+MODULES = {"local": "local", "ray": "existing", "gcp": "cloud"}
 
 
 @contextmanager

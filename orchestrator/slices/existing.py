@@ -45,6 +45,8 @@ def connected(address: str, key: str) -> Iterator[None]:
 
 
 def joined(config: Config) -> set[str]:
-    """The slices whose hosts are all there."""
+    """The slices whose hosts are all there. None before this process is connected."""
+    if not ray.is_initialized():
+        return set()
     whole = whole_slices(ray.nodes(), config.cluster.slice, config.slice.hosts)
     return {spots[0].slice_name for spots in whole}

@@ -3,12 +3,8 @@
 Source: cloud.google.com/tpu/docs/queued-resources and the messages of google.cloud.tpu_v2alpha1.
 """
 
-import logging
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -20,10 +16,8 @@ from google.cloud.tpu_v2alpha1.services.tpu.transports import TpuGrpcTransport
 
 from gemma.config import ConfigError
 from orchestrator.cluster import Cluster, Gcp
-from orchestrator.config import Config
-from orchestrator.slices import existing, head, startup
-from orchestrator.slices.upkeep import Provider, RefusedError, Upkeep, kept
-from orchestrator.slices.wanted import Ask, Request, State, Wanted, owner_label
+from orchestrator.slices.upkeep import RefusedError
+from orchestrator.slices.wanted import Ask, Request, State, owner_label
 from orchestrator.topology import TOPOLOGIES, slice_type
 
 CALL_TIMEOUT_S = 30.0
@@ -37,7 +31,7 @@ States = tpu.QueuedResourceState.State
 STATES = {
     States.ACTIVE: State.READY,
     States.FAILED: State.LOST,
-    States.SUSPENDING: State.LOST,
+    States.SUSPENDING: State.GOING,  # its hosts may be saving; it is given back once it is suspended
     States.SUSPENDED: State.LOST,
     States.DELETING: State.GOING,
 }
@@ -211,35 +205,3 @@ def give_back(api: Api, request: Request) -> None:
     except RefusedError as refused:
         if not isinstance(refused.__cause__, exceptions.NotFound):  # gone meanwhile
             raise
-
-
-def provider(api: Api, cluster: Cluster, owner: str, script: str, head_at: str, joined: Callable[[], set[str]]) -> Any:
-    assert cluster.gcp is not None
-
-    def put(asked: Ask) -> None:
-        ask(api, queued_resource(cluster, owner, asked, api.project, script, head_at))
-
-    return Provider(partial(look, api, cluster.gcp.zones), put, partial(give_back, api), joined)
-
-
-def wanted(cluster: Cluster, owner: str) -> Wanted:
-    assert cluster.gcp is not None
-    kind = slice_type(cluster.slice, cluster.topology)
-    return Wanted(owner, kind.name, kind.topology, cluster.num_slices, cluster.gcp.zones, cluster.gcp.patience_s)
-
-
-@contextmanager
-def connect(config: Config, tell: Callable[[str, str], None]) -> Iterator[Callable[[], None]]:
-    """A Ray head here, slices that join it, and all of it given back at the end, unless it is to be kept."""
-    cluster, gcp = config.cluster, config.cluster.gcp
-    assert gcp is not None
-    assert config.run.id is not None
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    logging.getLogger("google").setLevel(logging.ERROR)
-    asked, script = api(gcp), startup.script(gcp)
-    owner = cluster.name or config.run.id
-    with head.opened(cluster, gcp) as address, existing.connected(address, "cluster.address"):
-        made = provider(asked, cluster, owner, script, address, partial(existing.joined, config))
-        upkeep = Upkeep(wanted(cluster, owner), made, gcp.poll_s, gcp.rejoin_s)
-        with kept(upkeep, cluster.keep or cluster.name is not None, tell) as check:
-            yield check

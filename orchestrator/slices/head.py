@@ -18,25 +18,37 @@ START_TIMEOUT_S = 60.0
 ANY = "10.255.255.255"  # no packet is sent there: the system is asked which way one would go
 
 
+def check(cluster: Cluster, gcp: Gcp) -> None:
+    """Raises ConfigError where another head is in the way."""
+    at = address(cluster, gcp)
+    if cluster.address is None and listens(at):
+        raise ConfigError(
+            f"cluster.gcp.port={gcp.port}: taken on {at}; another port, or cluster.address={at} if a Ray head is there"
+            " for this run"
+        )
+    if cluster.address is not None and not listens(at):
+        raise ConfigError(f"cluster.address={at}: nothing answers there")
+
+
 @contextmanager
 def opened(cluster: Cluster, gcp: Gcp) -> Iterator[str]:
-    """Its address. Raises ConfigError where none can be had."""
+    """Its address."""
+    at = address(cluster, gcp)
     if cluster.address is not None:
-        yield cluster.address
+        yield at
         return
-    address = f"{own_ip(gcp)}:{gcp.port}"
-    if listens(address):
-        raise ConfigError(
-            f"cluster.gcp.port={gcp.port}: taken on {address}; another port, or cluster.address={address} if a Ray head"
-            " is there for this run"
-        )
     folder = Path(tempfile.mkdtemp(prefix="gemma-", dir="/tmp"))
     reaper = simulated.start_reaper(folder)
     try:
-        start(address, folder, reaper)
-        yield address
+        start(at, folder, reaper)
+        yield at
     finally:
         simulated.end(folder, reaper)
+
+
+def address(cluster: Cluster, gcp: Gcp) -> str:
+    """Where it is, or will be."""
+    return cluster.address or f"{own_ip(gcp)}:{gcp.port}"
 
 
 def own_ip(gcp: Gcp) -> str:

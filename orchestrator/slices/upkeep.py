@@ -69,7 +69,7 @@ def step(upkeep: Upkeep) -> None:
         if isinstance(action, GiveBack):
             upkeep.news.append((action.request.name, f"given back: {action.why}"))
             if action.request.state is State.WAITING and now - action.request.since > upkeep.wanted.patience_s:
-                turn_down(upkeep, action.request.zone, now)
+                turn_down(upkeep, action.request.zone, now, len(upkeep.wanted.zones))  # each other one has its turn
             upkeep.provider.give_back(action.request)
         else:
             ask(upkeep, action, now)
@@ -95,8 +95,8 @@ def ask(upkeep: Upkeep, action: Ask, now: float) -> None:
                 raise NoSlicesError(f"no zone's quota allows a {upkeep.wanted.slice}: {said}") from refused
 
 
-def turn_down(upkeep: Upkeep, zone: str, now: float) -> None:
-    upkeep.turned_down[zone] = now + upkeep.wanted.patience_s
+def turn_down(upkeep: Upkeep, zone: str, now: float, turns: int = 1) -> None:
+    upkeep.turned_down[zone] = now + turns * upkeep.wanted.patience_s
 
 
 def note(upkeep: Upkeep, there: Sequence[Request], now: float) -> None:

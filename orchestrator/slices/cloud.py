@@ -1,0 +1,83 @@
+"""cluster=gcp as a run, or launch.cluster, has it: a Ray head, slices that join it, all of it given back."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from google.protobuf import json_format
+
+from orchestrator.cluster import Cluster
+from orchestrator.config import Config
+from orchestrator.slices import existing, gcp, head, startup
+from orchestrator.slices.upkeep import Provider, Upkeep, kept
+from orchestrator.slices.wanted import Ask, Request, Wanted, request_name
+from orchestrator.topology import slice_type
+
+
+def opened(config: Config, owner: str, joined: Callable[[], set[str]] | None = None) -> Provider:
+    """What an owner may ask of it. joined: the slices in the Ray cluster; where nobody looks, all of them.
+
+    Raises ConfigError where there are no credentials, or a file is missing.
+    """
+    cluster = config.cluster
+    assert cluster.gcp is not None
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    logging.getLogger("google").setLevel(logging.ERROR)
+    api, script, at = gcp.api(cluster.gcp), startup.script(cluster.gcp), head.address(cluster, cluster.gcp)
+
+    def ask(asked: Ask) -> None:
+        gcp.ask(api, gcp.queued_resource(cluster, owner, asked, api.project, script, at))
+
+    def look() -> list[Request]:
+        return gcp.look(api, cluster.gcp.zones if cluster.gcp else ())
+
+    return Provider(look, ask, partial(gcp.give_back, api), joined or (lambda: {r.name for r in look()}))
+
+
+def upkeep(config: Config, owner: str, joined: Callable[[], set[str]] | None = None) -> Upkeep:
+    assert config.cluster.gcp is not None
+    provider = opened(config, owner, joined)
+    return Upkeep(wanted(config.cluster, owner), provider, config.cluster.gcp.poll_s, config.cluster.gcp.rejoin_s)
+
+
+def wanted(cluster: Cluster, owner: str) -> Wanted:
+    assert cluster.gcp is not None
+    kind = slice_type(cluster.slice, cluster.topology)
+    return Wanted(owner, kind.name, kind.topology, cluster.num_slices, cluster.gcp.zones, cluster.gcp.patience_s)
+
+
+def chips(request: Request) -> int:
+    return slice_type(request.slice).chips
+
+
+def rendered(config: Config, owner: str) -> str:
+    """The first slice's request, as the API is given it."""
+    cluster = config.cluster
+    assert cluster.gcp is not None
+    ask = Ask(request_name(owner, 0.0, 0), cluster.gcp.zones[0])
+    project = cluster.gcp.project or "PROJECT"
+    script, at = startup.script(cluster.gcp), cluster.address or f"HEAD:{cluster.gcp.port}"
+    message = gcp.queued_resource(cluster, owner, ask, project, script, at)
+    return json.dumps(json_format.MessageToDict(type(message).pb(message)), indent=2)
+
+
+@contextmanager
+def connect(config: Config, tell: Callable[[str, str], None]) -> Iterator[Callable[[], None]]:
+    """Slices that are to be kept are not given back at the end."""
+    cluster = config.cluster
+    assert cluster.gcp is not None
+    assert config.run.id is not None
+    owner = cluster.name or config.run.id
+    head.check(cluster, cluster.gcp)
+    keeping = upkeep(config, owner, partial(existing.joined, config))
+    with (
+        kept(
+            keeping, cluster.keep or cluster.name is not None, tell
+        ) as check,  # asked first: the head comes up meanwhile
+        head.opened(cluster, cluster.gcp) as address,
+        existing.connected(address, "cluster.address"),
+    ):
+        yield check
