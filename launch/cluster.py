@@ -90,6 +90,7 @@ def show(config: Config) -> int:
 def down(config: Config, run: str, orphans: bool) -> int:
     from orchestrator.slices import cloud, upkeep
 
+    assert config.cluster.gcp is not None
     if (bool(run) + orphans + bool(config.cluster.name)) != 1:
         raise ConfigError("down: give one of run=ID, cluster.name=NAME, orphans=true")
     provider = cloud.opened(config, "")
@@ -98,7 +99,8 @@ def down(config: Config, run: str, orphans: bool) -> int:
         owners = sorted({r.owner for r in provider.look() if is_dead(r.owner, config.run.root)})
     elif run and Path(config.run.root, run).is_dir() and rundir.is_locked(Path(config.run.root, run)):
         raise ConfigError(f"run={run}: is being driven by a process; stop that first")
-    left = [one for owner in owners for one in upkeep.clear(provider, owner, 1.0, tell, patient=True)]
+    poll_s = config.cluster.gcp.poll_s
+    left = [one for owner in owners for one in upkeep.clear(provider, owner, poll_s, tell, patient=True)]
     print("something is left" if left else "nothing is left")
     return Exit.GAVE_UP if left else Exit.FINISHED
 

@@ -29,6 +29,12 @@ def check(config: Config) -> None:
         check_directory("run.root", config.run.root)
     if config.cluster.kind == "ray":
         check_address(str(config.cluster.address))
+    if config.cluster.gcp is not None:
+        from orchestrator.slices import gcp, head, startup  # half a second that other runs do not pay
+
+        gcp.api(config.cluster.gcp)
+        startup.script(config.cluster.gcp)
+        head.check(config.cluster, config.cluster.gcp)
     if config.cluster.kind == "local":
         check_size(config)
         with naming(f"run.cache={config.run.cache}"):

@@ -60,6 +60,7 @@ def zones(emulated: Cloud) -> list[str]:
 def test_a_slice_is_asked_for_as_the_config_says_and_given_back_at_the_end() -> None:
     overrides = [
         "cluster.slice=v5p-128",
+        "train.batch=64",
         "cluster.capacity=spot",
         "cluster.gcp.service_account=me@x",
         "cluster.gcp.network=net",

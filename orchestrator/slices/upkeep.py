@@ -12,6 +12,7 @@ from gemma.config import ConfigError
 from orchestrator.slices.wanted import Ask, GiveBack, Request, State, Wanted, reconcile
 
 WORST_WAIT_S = 60.0  # between two looks while the provider is in trouble
+ANSWER_TIMEOUT_S = 20.0  # for the provider, before anything is asked of it
 CLEAR_TIMEOUT_S = 300.0
 PATIENT_LOOKS = 3  # that find nothing before it is believed: what was asked for a moment ago may not be shown yet
 
@@ -134,6 +135,25 @@ def loop(upkeep: Upkeep) -> None:
             return
 
 
+def begin(upkeep: Upkeep) -> None:
+    """The first step, not in the thread: what is wrong with the user's part is known before anything is waited for.
+    Raises ConfigError as long as nothing was asked for.
+    """
+    deadline = time.monotonic() + ANSWER_TIMEOUT_S
+    while True:
+        try:
+            return step(upkeep)
+        except RefusedError as refused:
+            if upkeep.asked:
+                return upkeep.news.append(("provider", str(refused)))
+            if refused.kind != "trouble" or time.monotonic() > deadline:
+                raise ConfigError(f"cluster=gcp: {refused}") from refused
+        except Exception as error:  # something may have been made
+            upkeep.failed = error
+            return None
+        time.sleep(min(upkeep.poll_s, 1.0))
+
+
 @contextmanager
 def kept(upkeep: Upkeep, keep: bool, tell: Callable[[str, str], None]) -> Iterator[Callable[[], None]]:
     """Gives what the run calls again and again: it passes on the news and raises what ended the upkeep. At the end
@@ -146,14 +166,7 @@ def kept(upkeep: Upkeep, keep: bool, tell: Callable[[str, str], None]) -> Iterat
         if upkeep.failed is not None:
             raise upkeep.failed
 
-    try:
-        step(upkeep)  # here, so that what is wrong with the user's part is known before anything is waited for
-    except RefusedError as refused:
-        if refused.kind != "trouble":
-            raise ConfigError(str(refused)) from refused
-        upkeep.news.append(("provider", str(refused)))
-    except Exception as error:  # something may have been made
-        upkeep.failed = error
+    begin(upkeep)
     thread = threading.Thread(target=loop, args=(upkeep,), name="upkeep", daemon=True)
     if upkeep.failed is None:
         thread.start()
