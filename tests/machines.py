@@ -42,15 +42,10 @@ def boot(machines: Machines, attributes: dict[str, str], worker: int) -> Machine
     name = f"{attributes['gemma-slice']}-{worker}"
     script = machines.folder / f"{name}.sh"
     script.write_text(attributes["startup-script"])
-    # A machine has a /tmp of its own. Here Ray's part of it is: two nodes would choose the same names of sockets.
-    bin = machines.folder / f"m{number}"
-    bin.mkdir(exist_ok=True)
-    (bin / "python3").write_text(f'#!/bin/bash\nexec {sys.executable} "$@" --temp-dir={bin}\n')
-    (bin / "python3").chmod(0o755)
-    env = {
-        "GCE_METADATA_HOST": metadata.host,
-        "PATH": f"{bin}:{os.environ['PATH']}",
-    }
+    own = machines.folder / f"m{number}"  # a machine has a /tmp of its own
+    own.mkdir(exist_ok=True)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {"GCE_METADATA_HOST": metadata.host, "PATH": path, "TMPDIR": str(own)}
     process = simulated.spawn(machines.reaper, machines.folder / f"{name}.log", env, ["bash", str(script)])
     return Machine(number, process, metadata, served)
 

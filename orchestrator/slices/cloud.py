@@ -78,6 +78,7 @@ def connect(config: Config, tell: Callable[[str, str], None]) -> Iterator[Callab
             keeping, cluster.keep or cluster.name is not None, tell
         ) as check,  # asked first: the head comes up meanwhile
         head.opened(cluster, cluster.gcp) as address,
-        existing.connected(address, "cluster.address"),
+        existing.connected(address),
     ):
+        head.give_code(address)
         yield check

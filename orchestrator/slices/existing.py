@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -11,33 +12,31 @@ from gemma.config import ConfigError
 from orchestrator.config import Config
 from orchestrator.interrupt import handlers_kept
 from orchestrator.placement import whole_slices
-
-CODE = ("gemma", "orchestrator")  # the hosts run the code that was launched, not what lies there
+from orchestrator.slices.join import CODE
 
 
 @contextmanager
 def connect(config: Config, _: Callable[[str, str], None]) -> Iterator[Callable[[], None]]:
     """Leaves the cluster as it was: only this run's actors and placement groups end."""
-    with connected(str(config.cluster.address), "cluster.address"):
+    top = Path(__file__).parents[2]
+    with connected(str(config.cluster.address), {"py_modules": [str(top / name) for name in CODE]}):
         yield lambda: None  # lost hosts are replaced by the cluster's owner, or its autoscaler
 
 
 @contextmanager
-def connected(address: str, key: str) -> Iterator[None]:
-    """To a Ray cluster, to whose hosts the code goes that was launched. Raises ConfigError naming the key."""
-    top = Path(__file__).parents[2]
-    modules = [str(top / name) for name in CODE]
+def connected(address: str, runtime_env: dict[str, Any] | None = None) -> Iterator[None]:
+    """To a Ray cluster. Raises ConfigError."""
     try:
         with handlers_kept():
             ray.init(
                 address=address,
-                runtime_env={"py_modules": modules},
+                runtime_env=runtime_env,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
         why = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{key}={address}: no Ray cluster answers there ({why})") from error
+        raise ConfigError(f"cluster.address={address}: no Ray cluster answers there ({why})") from error
     try:
         yield
     finally:

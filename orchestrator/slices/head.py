@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gemma.config import ConfigError
 from orchestrator.cluster import Cluster, Gcp
-from orchestrator.slices import simulated
+from orchestrator.slices import join, simulated
 
 START_TIMEOUT_S = 60.0
 ANY = "10.255.255.255"  # no packet is sent there: the system is asked which way one would go
@@ -74,6 +74,14 @@ def start(address: str, folder: Path, reaper: "subprocess.Popen[bytes]") -> None
         if head.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"no Ray head came up at {address}: {log.read_text()[-2000:]}")
         time.sleep(0.05)
+
+
+def give_code(address: str) -> None:
+    """The hosts that join from now on run the code of this process."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    client = GcsClient(address=address)
+    client.internal_kv_put(join.KEY, join.packed(), True, join.SPACE, timeout=START_TIMEOUT_S)
 
 
 def listens(address: str) -> bool:

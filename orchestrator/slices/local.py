@@ -12,11 +12,11 @@ import ray
 
 from orchestrator.config import Config
 from orchestrator.interrupt import handlers_kept
-from orchestrator.slices import simulated
+from orchestrator.slices import raylet, simulated
 from orchestrator.topology import CHIPS_PER_HOST, NAME_LABEL, RANK_LABEL, TYPE_LABEL
 
 
-def hosts(config: Config) -> list[simulated.Host]:
+def hosts(config: Config) -> list[raylet.Host]:
     """What the nodes of real slices would say of themselves."""
     kind = config.slice
     found = []
@@ -43,7 +43,7 @@ def hosts(config: Config) -> list[simulated.Host]:
                     [str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split()]
                 ),
             }
-            found.append(simulated.Host(cpus=1, resources=resources, labels=labels, env=env))
+            found.append(raylet.Host(cpus=1, resources=resources, labels=labels, env=env))
     return found
 
 

@@ -6,7 +6,6 @@ Written against Ray 2.60: the command lines are those of `ray._private.services`
 """
 
 import base64
-import importlib.util
 import json
 import os
 import secrets
@@ -19,38 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.slices import reaper as reaper_script
+from orchestrator.slices.raylet import ENVIRONMENT, Host, Joining, flags_of, ray_file, raylet_command
 from orchestrator.slices.reaper import STOP_TIMEOUT_S, kill_groups
 
 HEAD = -1
-OBJECT_STORE_BYTES = 80 << 20
-MEMORY_BYTES = 4 << 30
 START_TIMEOUT_S = 30.0
 TEMP_DIR_LIMIT = 96  # a Unix socket's path has 107 bytes at most, 11 of them below temp_dir
-UNUSED_PORT = 1024  # the lowest that Ray takes: nothing listens there
-# Metrics would need the agents. A killed host is to be noticed within seconds: its refused
-# connection fails a health check at once, while a slow host still gets each check's full timeout.
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_enable_metrics_collection": "0",
-    # A host's processes stay in the group that ends with it: one that escaped while it was starting would make its
-    # directories anew after they were removed.
-    "RAY_process_group_cleanup_enabled": "0",
-    "RAY_worker_niceness": "0",  # by default hosts would yield to everything else on this machine
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "500",
-    "RAY_raylet_client_connect_timeout_milliseconds": "20",
-    "RAY_raylet_client_num_connect_attempts": "500",
-}
-
-
-@dataclass(frozen=True)
-class Host:
-    """What one simulated host offers, and the variables its processes see."""
-
-    cpus: int = 1
-    resources: Mapping[str, float] = field(default_factory=dict)
-    labels: Mapping[str, str] = field(default_factory=dict)
-    env: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -180,17 +153,6 @@ def spawn(
     return process
 
 
-def _flags(flags: Mapping[str, object]) -> list[str]:
-    return [f"--{name}={value}" for name, value in flags.items()]
-
-
-def _ray_file(name: str) -> str:
-    spec = importlib.util.find_spec("ray")  # does not import it
-    assert spec is not None
-    assert spec.origin is not None
-    return str(Path(spec.origin).parent / name)
-
-
 def _start_gcs(temp_dir: Path, reaper: subprocess.Popen[bytes]) -> Node:
     node_id, session = secrets.token_hex(28), temp_dir / "session"
     spilling = {"type": "filesystem", "params": {"directory_path": str(session)}}
@@ -203,64 +165,16 @@ def _start_gcs(temp_dir: Path, reaper: subprocess.Popen[bytes]) -> Node:
         "session_dir": session,
         "session_name": "session",
     }
-    command = [_ray_file("core/src/ray/gcs/gcs_server"), *_flags(flags)]
+    command = [ray_file("core/src/ray/gcs/gcs_server"), *flags_of(flags)]
     return Node(node_id, spawn(reaper, session / "logs/gcs.log", {}, command))
 
 
 def _start_raylet(cluster: Cluster, index: int, host: Host) -> Node:
     node_id = cluster.gcs.node_id if index == HEAD else secrets.token_hex(28)
-    session, ip = cluster.temp_dir / "session", _ip(index)
-    resources = {"CPU": host.cpus, f"node:{ip}": 1, **host.resources}
-    resources |= {"memory": MEMORY_BYTES, "object_store_memory": OBJECT_STORE_BYTES}
-    shared = {
-        "node-ip-address": ip,
-        "gcs-address": cluster.address,
-        "cluster-id": cluster.cluster_id,
-        "session-name": "session",
-        "temp-dir": cluster.temp_dir,
-        "metrics-agent-port": -1,
-        "runtime-env-agent-port": UNUSED_PORT,
-    }
-    worker = shared | {
-        "node-manager-port": "RAY_NODE_MANAGER_PORT_PLACEHOLDER",
-        "object-store-name": cluster.temp_dir / f"s-{node_id[:8]}",
-        "raylet-name": cluster.temp_dir / f"r-{node_id[:8]}",
-        "redis-address": None,
-        "webui": None,
-    }
-    worker_command = [
-        sys.executable,
-        _ray_file("_private/workers/setup_worker.py"),
-        _ray_file("_private/workers/default_worker.py"),
-        *_flags(worker),
-        "RAY_WORKER_DYNAMIC_OPTION_PLACEHOLDER",
-    ]
-    # The raylet insists on agents and ends with them, but waits for them only if a port is 0.
-    idle_agent = 'sh -c "exec sleep infinity"'
-    flags = shared | {
-        "head": str(index == HEAD).lower(),
-        "node_id": node_id,
-        "raylet_socket_name": worker["raylet-name"],
-        "store_socket_name": worker["object-store-name"],
-        "object_manager_port": 0,
-        "node_manager_port": 0,
-        "dashboard_agent_listen_port": UNUSED_PORT,
-        "dashboard_agent_command": idle_agent,
-        "runtime_env_agent_command": idle_agent,
-        "python_worker_command": subprocess.list2cmdline(worker_command),
-        "num_prestart_python_workers": host.cpus,
-        "maximum_startup_concurrency": max(1, host.cpus),
-        "static_resource_list": ",".join(f"{k},{v}" for k, v in resources.items() if v),
-        "labels": json.dumps(dict(host.labels)),
-        "object_store_memory": OBJECT_STORE_BYTES,
-        "session_dir": session,
-        "log_dir": session / "logs",
-        "resource_dir": session / "runtime_resources",
-        "fallback_directory": session,
-    }
+    session = cluster.temp_dir / "session"
+    node = Joining(cluster.address, cluster.cluster_id, "session", node_id, _ip(index), session)
     log = session / f"logs/raylet-{node_id[:8]}.log"
-    command = [_ray_file("core/src/ray/raylet/raylet"), *_flags(flags)]
-    return Node(node_id, spawn(cluster.reaper, log, host.env, command))
+    return Node(node_id, spawn(cluster.reaper, log, host.env, raylet_command(node, host, index == HEAD)))
 
 
 def _wait(ready: Callable[[], bool], nodes: Sequence[Node], deadline: float, what: str, temp_dir: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gemma.config import ConfigError
 from orchestrator.cluster import Gcp
-from orchestrator.topology import CHIPS_PER_HOST
+from orchestrator.slices import join
 
 SCRIPT = """#!/bin/bash
 # Of gemma-orchestrator. Joins this TPU host to a Ray cluster, again and again.
@@ -22,25 +22,29 @@ export TPU_WORKER_ID=$(ask attributes/agent-worker-number)
 export TPU_ACCELERATOR_TYPE=$(ask attributes/gemma-slice-type)
 export TPU_TOPOLOGY=$(ask attributes/gemma-topology)
 IP=$(ask network-interfaces/0/ip)
-RESOURCES="{\\"TPU\\": CHIPS, \\"$TPU_NAME\\": 1"
-[ "$TPU_WORKER_ID" = 0 ] && RESOURCES="$RESOURCES, \\"TPU-$TPU_ACCELERATOR_TYPE-head\\": 1"
-RESOURCES="$RESOURCES}"
-LABELS="ray.io/tpu-slice-name=$TPU_NAME,ray.io/tpu-worker-id=$TPU_WORKER_ID"
-LABELS="$LABELS,ray.io/tpu-pod-type=$TPU_ACCELERATOR_TYPE,ray.io/tpu-topology=$TPU_TOPOLOGY"
-export RAY_USAGE_STATS_ENABLED=0
 SETUP
+JOIN=$(cat <<'PYTHON'
+import io, sys, tarfile, time
+from ray._raylet import GcsClient
+client = GcsClient(address=sys.argv[1])
+while not (code := client.internal_kv_get(KEY, SPACE, timeout=10)):
+    time.sleep(0.1)
+tarfile.open(fileobj=io.BytesIO(code)).extractall(sys.argv[2], filter="data")
+sys.path.insert(0, sys.argv[2])
+from orchestrator.slices import join
+join.main(client, *sys.argv[1:])
+PYTHON
+)
 while true; do
-  JOIN
-  sleep 1
+  DIR=$(mktemp -d -t gemma-XXXXXX)
+  RUN -c "$JOIN" "$HEAD" "$DIR" "$IP"
+  rm -rf "$DIR"
+  sleep 0.5
 done
 """
-RAY = (
-    '-m ray.scripts.scripts start --block --disable-usage-stats --address="$HEAD" --node-ip-address="$IP"'
-    ' --num-cpus=1 --resources="$RESOURCES" --labels="$LABELS" --object-store-memory=1000000000'
-)
 CONTAINER = (
     "docker run --rm --name gemma --privileged --net=host --ipc=host --shm-size=16g"
-    " -e TPU_NAME -e TPU_WORKER_ID -e TPU_ACCELERATOR_TYPE -e TPU_TOPOLOGY -e RAY_USAGE_STATS_ENABLED -v /tmp:/tmp"
+    " -e TPU_NAME -e TPU_WORKER_ID -e TPU_ACCELERATOR_TYPE -e TPU_TOPOLOGY -v /tmp:/tmp"
 )
 
 
@@ -53,8 +57,8 @@ def script(gcp: Gcp) -> str:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cluster.gcp.startup_script={gcp.startup_script}: cannot be read ({error})") from error
         setup = f"(\n{setup.rstrip()}\n)"  # its exit is not the script's
-    join = f"{gcp.python} {RAY}"
+    run = gcp.python
     if gcp.image is not None:
-        join = f"docker rm -f gemma >/dev/null 2>&1; {CONTAINER} {gcp.image} {join}"
-    filled = SCRIPT.replace("CHIPS", str(CHIPS_PER_HOST)).replace("SETUP", setup)
-    return filled.replace("JOIN", join)
+        run = f"docker rm -f gemma >/dev/null 2>&1; {CONTAINER} {gcp.image} {gcp.python}"
+    filled = SCRIPT.replace("SETUP", setup).replace("RUN", run)
+    return filled.replace("KEY", repr(join.KEY)).replace("SPACE", repr(join.SPACE))
