@@ -56,7 +56,8 @@ class Cluster:
     capacity: Literal["on-demand", "spot", "reserved"]
     name: str | None  # slices that are this name's, not the run's: kept, and taken up by the next that gives it
     keep: bool  # the slices outlive the run
-    price_per_chip_hour: float | None  # for launch.cluster list
+    price_per_chip_hour: float | None  # so that the ledger speaks of money
+    max_chip_hours: float | None  # of the run, resumed or not: after so many it saves and stops
     gcp: Gcp | None
 
     def __post_init__(self) -> None:
@@ -74,8 +75,9 @@ class Cluster:
         require(
             self.name is None or bool(re.fullmatch(NAME, self.name)), f"cluster.name={self.name}: {allowed}, or null"
         )
-        price = self.price_per_chip_hour
-        require(price is None or price > 0, f"cluster.price_per_chip_hour={price}: must be above 0, or null")
+        for name in ("price_per_chip_hour", "max_chip_hours"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"cluster.{name}={value}: must be above 0, or null")
         if self.kind == "ray":
             require(self.address is not None, "cluster.address: missing; cluster=ray needs cluster.address=HOST:PORT")
         if self.kind == "gcp":

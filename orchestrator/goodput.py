@@ -47,6 +47,11 @@ class Ledger:
         goodput = self.seconds["step"] / wall if wall else 0.0
         return {"wall_s": round(wall, 4), "goodput": round(goodput, 4), "restarts": self.restarts, "buckets": buckets}
 
+    def held_s(self) -> float:
+        """Seconds in which slices were there, or as good as: all but the waiting for them."""
+        self.switch(self.current)
+        return sum(self.seconds.values()) - self.seconds["reserve"]
+
     def carry(self, earlier: dict[str, object]) -> None:
         """Adds what earlier controllers of this run have spent."""
         buckets = earlier.get("buckets", {})

@@ -250,8 +250,24 @@ class Report:
         self.ledger.move("step", "save", duration_s)
         self.event("save", step, duration_s)
 
+    def chip_hours(self) -> float:
+        """Of the run so far, as if all its slices had been there from start to end."""
+        return self.ledger.held_s() / 3600 * self.config.chips
+
+    def is_spent(self) -> bool:
+        """Whether the run has had the chip-hours it may have."""
+        limit = self.config.cluster.max_chip_hours
+        return limit is not None and self.chip_hours() >= limit
+
+    def totals(self) -> dict[str, Any]:
+        """What goodput.json holds."""
+        spent: dict[str, float] = {"chip_hours": round(self.chip_hours(), 4)}
+        if price := self.config.cluster.price_per_chip_hour:
+            spent["cost"] = round(self.chip_hours() * price, 2)
+        return self.ledger.snapshot() | spent | {"incidents": as_rows(self.incidents)}
+
     def write_goodput(self, now: bool = False) -> dict[str, Any]:
-        found = self.ledger.snapshot() | {"incidents": as_rows(self.incidents)}
+        found = self.totals()
         if now or time.monotonic() - self.goodput_written > GOODPUT_EVERY_S:
             self.write_ledger(found)
             self.goodput_written = time.monotonic()
@@ -263,7 +279,7 @@ class Report:
         self.screen.close()
         self.write_goodput(now=True)
         self.wandb.finish()
-        found = self.ledger.snapshot() | {"incidents": as_rows(self.incidents)}
+        found = self.totals()
         self.write_ledger(found)
         for file in (self.metrics_file, self.events_file):
             file.flush()

@@ -69,6 +69,8 @@ def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, comma
 def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) -> Exit:
     """Trains until the last step. Raises ConfigError for the user's mistakes that only a host can see."""
     history: list[Failure] = []
+    if stop_spending(report):
+        return Exit.STOPPED
     report.phase("reserve", "starting the cluster")
     with slices.connect(config, report.provided) as repair, sites.opened(config, folder, repair) as site:
         while True:
@@ -123,7 +125,7 @@ def train(
     """
     assert report.facts is not None
     left: Exit | Evidence | None = None
-    looked_at = time.monotonic()
+    looked_at, spent = time.monotonic(), False
     planned = faults.plan(config.chaos, config.train.steps, len(group.workers))
     saves = Saves(max(rundir.committed(report.folder), default=0))
     flight = Flight(config, group, report, report.facts.step, saves)
@@ -136,7 +138,8 @@ def train(
             attaching = None
         if time.monotonic() - looked_at > LOOK_EVERY_S:
             left, looked_at = sites.reason_to_leave(site), time.monotonic()
-        left = Exit.STOPPED if interrupt.asked() else flight.notice or left
+            spent = stop_spending(report)
+        left = Exit.STOPPED if interrupt.asked() or spent else flight.notice or left
         goes_on = flight.step < config.train.steps and not left and not flight.halted
         if goes_on and flights.windows(flight) < WINDOWS_IN_FLIGHT:
             flights.send_window(flight)
@@ -155,3 +158,14 @@ def train(
     report.phase("save", f"saving step {flight.step}")
     flights.save_last(flight, patient=left in (None, Exit.STOPPED) or flight.step == config.train.steps)
     return Exit.FINISHED if flight.step == config.train.steps else left or Exit.STOPPED
+
+
+def stop_spending(report: Report) -> bool:
+    """Whether the run has had its chip-hours; says so."""
+    if not report.is_spent():
+        return False
+    limit = report.config.cluster.max_chip_hours
+    said = f"cluster.max_chip_hours={limit:g}: used up, {report.chip_hours():.2f}; a resumed run needs a larger one"
+    report.event("spent", reason=said)
+    report.screen.say(said)
+    return True
