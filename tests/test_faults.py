@@ -4,13 +4,14 @@ Each ends bitwise as the undisturbed run does, unless its test says why not.
 """
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator import rundir
-from tests.runs import SMALL, assert_same_run, event_names, finish, goodput, launch, losses, wait_for_step
+from tests.runs import SMALL, assert_same_run, event_names, finish, goodput, launch, losses, wait_for, wait_for_step
 
 STEPS = 40
 LOST = 1  # step at most, of those that were done when the fault struck
@@ -129,18 +130,34 @@ def test_with_no_older_checkpoint_left_it_refuses_and_starts_nothing_afresh(root
 
 
 TWO_SLICES = ["cluster.slice=v5p-8", "cluster.num_slices=2", "mesh=multislice"]
-LONG = "train.steps=150"  # so that it is not over before the slice is back
+ENDLESS = ["train.steps=100000", "checkpoint.every=1000", "eval.every=0"]  # each is stopped once it has shown enough
+
+
+def stopped_when(folder: Path, ready: Callable[[], bool], what: str, *overrides: str) -> dict[int, float]:
+    process = launch("train", f"run.root={folder.parent}", f"run.id={folder.name}", *SMALL, *overrides)
+    wait_for(ready, what, process)
+    process.send_signal(signal.SIGINT)
+    finish(process, 3)
+    return losses(folder)
 
 
 def test_a_lost_slice_is_done_without_and_taken_up_again(root: Path) -> None:
-    finish(launch("train", f"run.root={root}", "run.id=two", *SMALL, *TWO_SLICES, LONG), 0)
-    overrides = [*TWO_SLICES, "cluster.min_slices=1", "timeout.shrink_s=1", "cluster.repair_s=4", LONG]
-    folder = struck(root, "host@15/1", *overrides, "run.id=shrunk")
+    def grown() -> bool:
+        reserved = [event for event in rundir.events(folder) if event["event"] == "reserve"]
+        done = max(rundir.metrics(folder), default=0)
+        return [event["slices"] for event in reserved] == [2, 1, 2] and done > reserved[-1]["step"] + 5
+
+    folder = root / "shrunk"
+    fault = ["chaos=listed", "chaos.faults=[host@15/1]"]
+    waits = ["cluster.min_slices=1", "timeout.shrink_s=1", "cluster.repair_s=4"]
+    overrides = [*TWO_SLICES, *waits, *fault, *ENDLESS]
+    seen = stopped_when(folder, grown, "steps with both slices again", *overrides)
     assert [found["outcome"] for found in incidents(folder)] == ["slice lost", "slice back"]
-    slices = [event["slices"] for event in rundir.events(folder) if event["event"] == "reserve"]
-    assert slices == [2, 1, 2]
-    seen, expected = losses(folder), losses(root / "two")
-    assert seen.keys() == expected.keys()
+    longest = max(seen)
+    whole = root / "whole"
+    expected = stopped_when(
+        whole, lambda: max(rundir.metrics(whole), default=0) >= longest, f"step {longest}", *TWO_SLICES, *ENDLESS
+    )
     # The same global batches; but fewer devices sum them in another order.
     assert max(abs(seen[step] - expected[step]) for step in seen) <= 1e-3
 
