@@ -17,7 +17,7 @@ def test_a_preemption_in_the_middle_ends_bitwise_like_an_undisturbed_run(tmp_pat
     finish(launch("train", f"run.root={tmp_path}", "run.id=undisturbed", *RUN), 0)
     before = orphaned_folders()
     folder = tmp_path / "cloud"
-    with cloud_tpu.serve(Settings(provision_s=1.0, notice_s=6.0)) as emulated:
+    with cloud_tpu.serve(Settings(provision_s=1.0, notice_s=30.0)) as emulated:
         where = ["cluster=gcp", f"cluster.gcp.endpoint={emulated.endpoint}", "cluster.gcp.poll_s=0.2"]
         where += ["cluster.slice=v5p-16", f"run.root={tmp_path}", f"run.id={folder.name}"]
         process = launch("train", *where, *RUN)
@@ -27,7 +27,7 @@ def test_a_preemption_in_the_middle_ends_bitwise_like_an_undisturbed_run(tmp_pat
         finish(process, 0)
         assert emulated.given == {}
         assert len(emulated.active_at) == 2
-    failures = [(e["outcome"], e["reason"]) for e in rundir.events(folder) if e["event"] == "failure"]
+    failures = [(e["outcome"], e["evidence"]) for e in rundir.events(folder) if e["event"] == "failure"]
     assert [outcome for outcome, _ in failures] == ["preempted"], failures
     assert_same_run(tmp_path / "undisturbed", folder, STEPS)
     assert orphaned_folders() <= before
