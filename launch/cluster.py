@@ -12,9 +12,10 @@ from rich.table import Table
 from gemma.config import ConfigError
 from launch.command import CONF, arguments, main
 from orchestrator import config as configs
-from orchestrator import rundir
+from orchestrator import rundir, slices
 from orchestrator.config import Config
 from orchestrator.exit import Exit
+from orchestrator.topology import slice_type
 
 VERBS = ("up", "down", "list", "render")
 USAGE = """Slices that outlive a run, or were left by one.
@@ -35,8 +36,9 @@ def composed(overrides: list[str]) -> Config:
         container = OmegaConf.to_container(compose("run", overrides), resolve=True)
     assert isinstance(container, dict)
     config = configs.crossed({str(key): value for key, value in container.items()})
-    if config.cluster.kind != "gcp":
-        raise ConfigError(f"cluster={config.cluster.kind}: allowed are cluster=gcp; the others have no slices to keep")
+    if config.cluster.cloud is None:
+        allowed = "allowed are cluster=gcp and cluster=gke; the others have no slices to keep"
+        raise ConfigError(f"cluster={config.cluster.kind}: {allowed}")
     return config
 
 
@@ -72,13 +74,11 @@ def is_dead(owner: str, root: str) -> bool:
 
 
 def show(config: Config) -> int:
-    from orchestrator.slices import cloud
-
     price, now = config.cluster.price_per_chip_hour, time.time()
     table = Table("slice", "zone", "type", "capacity", "state", "owner", "age", "chip-hours", "cost", box=None)
-    for request in sorted(cloud.opened(config, "").look(), key=lambda r: (r.owner, r.since)):
+    for request in sorted(slices.provider(config).opened(config, "").look(), key=lambda r: (r.owner, r.since)):
         hours = (now - request.since) / 3600
-        chip_hours = hours * cloud.chips(request)
+        chip_hours = hours * request.slices * slice_type(request.slice).chips
         dead = " (dead)" if is_dead(request.owner, config.run.root) else ""
         cost = f"{chip_hours * price:,.0f}" if price is not None else "-"
         row = [request.name, request.zone, request.slice, request.capacity, request.state.value, request.owner + dead]
@@ -88,28 +88,28 @@ def show(config: Config) -> int:
 
 
 def down(config: Config, run: str, orphans: bool) -> int:
-    from orchestrator.slices import cloud, upkeep
+    from orchestrator.slices import upkeep
 
-    assert config.cluster.gcp is not None
+    assert config.cluster.cloud is not None
     if (bool(run) + orphans + bool(config.cluster.name)) != 1:
         raise ConfigError("down: give one of run=ID, cluster.name=NAME, orphans=true")
-    provider = cloud.opened(config, "")
+    provider = slices.provider(config).opened(config, "")
     owners = [run or str(config.cluster.name)]
     if orphans:
         owners = sorted({r.owner for r in provider.look() if is_dead(r.owner, config.run.root)})
     elif run and Path(config.run.root, run).is_dir() and rundir.is_locked(Path(config.run.root, run)):
         raise ConfigError(f"run={run}: is being driven by a process; stop that first")
-    poll_s = config.cluster.gcp.poll_s
+    poll_s = config.cluster.cloud.poll_s
     left = [one for owner in owners for one in upkeep.clear(provider, owner, poll_s, tell, patient=True)]
     print("something is left" if left else "nothing is left")
     return Exit.GAVE_UP if left else Exit.FINISHED
 
 
 def up(config: Config, owner: str) -> int:
-    from orchestrator.slices import cloud, upkeep
+    from orchestrator.slices import upkeep
     from orchestrator.slices.wanted import State
 
-    kept = cloud.upkeep(config, owner)
+    kept = slices.provider(config).upkeep(config, owner)
     deadline = time.monotonic() + config.timeout.reserve_s
     with upkeep.kept(kept, keep=True, tell=tell) as check:
         while time.monotonic() < deadline:
@@ -118,7 +118,7 @@ def up(config: Config, owner: str) -> int:
             except upkeep.NoSlicesError as error:
                 tell("cluster", str(error))
                 return Exit.GAVE_UP
-            if sum(state is State.READY for state in kept.states.values()) >= config.cluster.num_slices:
+            if sum(state is State.READY for state in kept.states.values()) >= kept.wanted.count:
                 check()
                 return Exit.FINISHED
             time.sleep(0.1)
@@ -127,9 +127,7 @@ def up(config: Config, owner: str) -> int:
 
 
 def render(config: Config, owner: str) -> int:
-    from orchestrator.slices import cloud
-
-    print(cloud.rendered(config, owner))
+    print(slices.provider(config).rendered(config, owner))
     return Exit.FINISHED
 
 

@@ -45,8 +45,37 @@ class Gcp:
 
 
 @dataclass(frozen=True)
+class Gke:
+    """Google Kubernetes Engine with the Ray operator, KubeRay."""
+
+    kubeconfig: str | None  # None is KUBECONFIG, ~/.kube/config or, inside the cluster, the pod's own
+    context: str | None  # of it; None is the current one
+    namespace: str
+    image: str | None  # of the pods: it has what constraints.txt names
+    service_account: str | None  # of the pods, in Kubernetes
+    reservation: str | None  # its name, with cluster.capacity=reserved
+    cpus: int  # of a TPU host's pod
+    memory_gib: int
+    shared_memory_gib: int  # of that, where the snapshots lie
+    head_cpus: int
+    head_memory_gib: int
+    poll_s: float  # from look to look at what is there
+
+    def __post_init__(self) -> None:
+        for name in ("cpus", "memory_gib", "shared_memory_gib", "head_cpus", "head_memory_gib"):
+            require_at_least("cluster.gke", {name: getattr(self, name)}, 1)
+        require(self.poll_s > 0, f"cluster.gke.poll_s={self.poll_s}: must be above 0")
+        ok = re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", self.namespace)
+        require(bool(ok), f"cluster.gke.namespace={self.namespace}: must be a Kubernetes name, as in default")
+        require(
+            self.image is not None,
+            "cluster.gke.image: missing; give the pods an image that has what constraints.txt names",
+        )
+
+
+@dataclass(frozen=True)
 class Cluster:
-    kind: Literal["local", "ray", "gcp"]
+    kind: Literal["local", "ray", "gcp", "gke"]
     slice: str
     topology: str | None  # AxBxC; None is the slice's usual one
     num_slices: int
@@ -59,6 +88,7 @@ class Cluster:
     price_per_chip_hour: float | None  # so that the ledger speaks of money
     max_chip_hours: float | None  # of the run, resumed or not: after so many it saves and stops
     gcp: Gcp | None
+    gke: Gke | None
 
     def __post_init__(self) -> None:
         slice_type(self.slice, self.topology)
@@ -80,11 +110,17 @@ class Cluster:
             require(value is None or value > 0, f"cluster.{name}={value}: must be above 0, or null")
         if self.kind == "ray":
             require(self.address is not None, "cluster.address: missing; cluster=ray needs cluster.address=HOST:PORT")
-        if self.kind == "gcp":
-            require(self.gcp is not None, "cluster.gcp: missing; cluster=gcp brings it")
-            reservation = self.gcp.reservation if self.gcp else None
+        section = self.cloud
+        if self.kind in ("gcp", "gke"):
+            require(section is not None, f"cluster.{self.kind}: missing; cluster={self.kind} brings it")
+        if section is not None:
             require(
-                (self.capacity == "reserved") == (reservation is not None),
-                f"cluster.gcp.reservation={reservation or 'null'}: goes with cluster.capacity=reserved, which is"
-                f" {self.capacity}",
+                (self.capacity == "reserved") == (section.reservation is not None),
+                f"cluster.{self.kind}.reservation={section.reservation or 'null'}: goes with cluster.capacity=reserved,"
+                f" which is {self.capacity}",
             )
+
+    @property
+    def cloud(self) -> Gcp | Gke | None:
+        """The section of who is paid for slices; None where nobody is."""
+        return {"gcp": self.gcp, "gke": self.gke}.get(self.kind)

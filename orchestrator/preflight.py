@@ -35,6 +35,10 @@ def check(config: Config) -> None:
         gcp.api(config.cluster.gcp)
         startup.script(config.cluster.gcp)
         head.check(config.cluster, config.cluster.gcp)
+    if config.cluster.gke is not None:
+        from orchestrator.slices import gke
+
+        gke.api(config.cluster.gke)
     if config.cluster.kind == "local":
         check_size(config)
         with naming(f"run.cache={config.run.cache}"):

@@ -67,54 +67,65 @@ def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, comma
 
 
 def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) -> Exit:
-    """Trains until the last step. Raises ConfigError for the user's mistakes that only a host can see."""
-    history: list[Failure] = []
+    """Gets slices and gives them back. Raises ConfigError for the user's mistakes that only a host can see."""
     if stop_spending(report):
         return Exit.STOPPED
     report.phase("reserve", "starting the cluster")
-    with slices.connect(config, report.provided) as repair, sites.opened(config, folder, repair) as site:
-        while True:
-            report.begin_attempt()
-            group = None
-            try:
-                report.phase("reserve", "reserving slices")
-                placement = sites.occupy(site, interrupt.asked, report.screen.say)
-                report.event("reserve", hosts=[spot.ip for spot in placement.spots], slices=placement.slices)
-                now = configs.with_slices(config, placement.slices)
-                report.phase("start", "starting hosts")
-                started = time.monotonic()
-                spares = sites.take_spares(site)
-                group = hosts.spawn(now, placement, folder, report.attempt, site.predecessors, spares)
-                group = hosts.join(group, now, interrupt.asked)
-                sites.man(site, group)
-                report.event("start", duration_s=time.monotonic() - started, pids=list(group.pids))
-                opened = recover.start(now, folder, group, site, report, interrupt, started)
-                left = train(now, group, opened, site, report, interrupt)
-                if isinstance(left, Exit):
-                    report.event("finish" if left is Exit.FINISHED else "stop")
-                    site.needed = False
-                    return left
-                history.append(recover.moved(left, site, report))
-                report.decided(decide(history, config.retry.budget))
-            except StoppedError as stopped:
-                report.event("stop", waiting_for=str(stopped))
-                return Exit.STOPPED
-            except HostsFailedError as failed:
-                report.phase("down", "a host failed")
-                assert group is not None
-                history.append(recover.understand(folder, failed, group, site, report))
-                decision = decide(history, config.retry.budget)
-                report.decided(decision)
-                if isinstance(decision, GiveUp):
-                    return Exit.GAVE_UP
-            except (TimeoutError, NoSlicesError) as late:
-                report.event("give_up", reason=str(late))
-                report.screen.say(f"gave up: {late}")
+    try:
+        with (
+            slices.connect(config, report.provided, interrupt.asked) as repair,
+            sites.opened(config, folder, repair) as site,
+        ):
+            return attempt(config, folder, site, report, interrupt)
+    except StoppedError as stopped:
+        report.event("stop", waiting_for=str(stopped))
+        return Exit.STOPPED
+    except (TimeoutError, NoSlicesError) as late:
+        report.event("give_up", reason=str(late))
+        report.screen.say(f"gave up: {late}")
+        return Exit.GAVE_UP
+
+
+def attempt(config: Config, folder: Path, site: Site, report: Report, interrupt: Interrupt) -> Exit:
+    """Trains until the last step, again and again. Raises StoppedError, TimeoutError and NoSlicesError while waiting
+    for slices or hosts.
+    """
+    history: list[Failure] = []
+    while True:
+        report.begin_attempt()
+        group = None
+        try:
+            report.phase("reserve", "reserving slices")
+            placement = sites.occupy(site, interrupt.asked, report.screen.say)
+            report.event("reserve", hosts=[spot.ip for spot in placement.spots], slices=placement.slices)
+            now = configs.with_slices(config, placement.slices)
+            report.phase("start", "starting hosts")
+            started = time.monotonic()
+            spares = sites.take_spares(site)
+            group = hosts.spawn(now, placement, folder, report.attempt, site.predecessors, spares)
+            group = hosts.join(group, now, interrupt.asked)
+            sites.man(site, group)
+            report.event("start", duration_s=time.monotonic() - started, pids=list(group.pids))
+            opened = recover.start(now, folder, group, site, report, interrupt, started)
+            left = train(now, group, opened, site, report, interrupt)
+            if isinstance(left, Exit):
+                report.event("finish" if left is Exit.FINISHED else "stop")
+                site.needed = False
+                return left
+            history.append(recover.moved(left, site, report))
+            report.decided(decide(history, config.retry.budget))
+        except HostsFailedError as failed:
+            report.phase("down", "a host failed")
+            assert group is not None
+            history.append(recover.understand(folder, failed, group, site, report))
+            decision = decide(history, config.retry.budget)
+            report.decided(decision)
+            if isinstance(decision, GiveUp):
                 return Exit.GAVE_UP
-            finally:
-                if group:
-                    sites.kill(site, group)
-                report.write_goodput(now=True)
+        finally:
+            if group:
+                sites.kill(site, group)
+            report.write_goodput(now=True)
 
 
 def train(

@@ -49,10 +49,6 @@ def wanted(cluster: Cluster, owner: str) -> Wanted:
     return Wanted(owner, kind.name, kind.topology, cluster.num_slices, cluster.gcp.zones, cluster.gcp.patience_s)
 
 
-def chips(request: Request) -> int:
-    return slice_type(request.slice).chips
-
-
 def rendered(config: Config, owner: str) -> str:
     """The first slice's request, as the API is given it."""
     cluster = config.cluster
@@ -65,7 +61,7 @@ def rendered(config: Config, owner: str) -> str:
 
 
 @contextmanager
-def connect(config: Config, tell: Callable[[str, str], None]) -> Iterator[Callable[[], None]]:
+def connect(config: Config, tell: Callable[[str, str], None], _: object) -> Iterator[Callable[[], None]]:
     """Slices that are to be kept are not given back at the end."""
     cluster = config.cluster
     assert cluster.gcp is not None

@@ -16,20 +16,25 @@ from orchestrator.slices.join import CODE
 
 
 @contextmanager
-def connect(config: Config, _: Callable[[str, str], None]) -> Iterator[Callable[[], None]]:
+def connect(config: Config, *_: object) -> Iterator[Callable[[], None]]:
     """Leaves the cluster as it was: only this run's actors and placement groups end."""
-    top = Path(__file__).parents[2]
-    with connected(str(config.cluster.address), {"py_modules": [str(top / name) for name in CODE]}):
+    with connected(str(config.cluster.address), code()):
         yield lambda: None  # lost hosts are replaced by the cluster's owner, or its autoscaler
 
 
+def code() -> dict[str, Any]:
+    """The hosts run the code of this process, where Ray's agents bring it to them."""
+    return {"py_modules": [str(Path(__file__).parents[2] / name) for name in CODE]}
+
+
 @contextmanager
-def connected(address: str, runtime_env: dict[str, Any] | None = None) -> Iterator[None]:
-    """To a Ray cluster. Raises ConfigError."""
+def connected(address: str, runtime_env: dict[str, Any] | None = None, ip: str | None = None) -> Iterator[None]:
+    """To a Ray cluster, from its node of this IP; None is this machine's outward one. Raises ConfigError."""
     try:
         with handlers_kept():
             ray.init(
                 address=address,
+                _node_ip_address=ip,
                 runtime_env=runtime_env,
                 log_to_driver=False,
                 logging_level=logging.ERROR,

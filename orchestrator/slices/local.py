@@ -48,7 +48,7 @@ def hosts(config: Config) -> list[raylet.Host]:
 
 
 @contextmanager
-def connect(config: Config, _: Callable[[str, str], None]) -> Iterator[Callable[[], None]]:
+def connect(config: Config, *_: object) -> Iterator[Callable[[], None]]:
     """Starts the nodes and ends them, with everything that runs on them."""
     made = hosts(config)
     cluster = simulated.start(made, Path(tempfile.mkdtemp(prefix="gemma-", dir="/tmp")))

@@ -38,6 +38,7 @@ class Provider:
     ask: Callable[[Ask], None]
     give_back: Callable[[Request], None]
     joined: Callable[[], set[str]]  # the slices whose hosts are all in the Ray cluster
+    kind: str = "gcp"  # as in cluster=gcp
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Upkeep:
     bad: dict[str, str] = field(default_factory=dict)  # slices to be replaced, and why
     absent_since: dict[str, float] = field(default_factory=dict)  # ready, and not in the Ray cluster
     states: dict[str, State] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)  # why they are in that state
     news: deque[tuple[str, str]] = field(default_factory=deque)  # slice or zone, what happened
     asked: bool = False  # something may be there
     failed: Exception | None = None
@@ -104,11 +106,12 @@ def note(upkeep: Upkeep, there: Sequence[Request], now: float) -> None:
     """What has changed since the last look."""
     mine = [r for r in there if r.owner == upkeep.wanted.owner]
     for r in mine:
-        if upkeep.states.get(r.name) is not r.state:
+        if upkeep.states.get(r.name) is not r.state or (r.why and upkeep.reasons.get(r.name) != r.why):
             upkeep.news.append((r.name, f"{r.state.value} in {r.zone}" + (f": {r.why}" if r.why else "")))
             if r.state is State.LOST and upkeep.states.get(r.name) in (None, State.WAITING):
                 turn_down(upkeep, r.zone, now)  # it never came to be
     upkeep.states = {r.name: r.state for r in mine}
+    upkeep.reasons |= {r.name: r.why for r in mine if r.why}
     upkeep.asked = upkeep.asked or bool(mine)  # an earlier controller did
     ready = {r.name for r in mine if r.state is State.READY}
     for r in mine:
@@ -147,7 +150,7 @@ def begin(upkeep: Upkeep) -> None:
             if upkeep.asked:
                 return upkeep.news.append(("provider", str(refused)))
             if refused.kind != "trouble" or time.monotonic() > deadline:
-                raise ConfigError(f"cluster=gcp: {refused}") from refused
+                raise ConfigError(f"cluster={upkeep.provider.kind}: {refused}") from refused
         except Exception as error:  # something may have been made
             upkeep.failed = error
             return None

@@ -22,11 +22,12 @@ class Wanted:
     count: int
     zones: tuple[str, ...]  # in order of preference
     patience_s: float = 600.0  # for a zone without capacity, before the next is asked
+    slices: int = 1  # of each request
 
 
 @dataclass(frozen=True)
 class Request:
-    """One slice, as the provider tells of it."""
+    """One slice, or several that are asked for as one, as the provider tells of it."""
 
     name: str
     zone: str
@@ -35,8 +36,9 @@ class Request:
     slice: str
     topology: str
     since: float  # time.time() at which it was asked for
-    why: str = ""  # it is lost
+    why: str = ""  # it is lost, or waits
     capacity: str = "on-demand"
+    slices: int = 1
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,9 @@ def fault(r: Request, wanted: Wanted, open_zones: Collection[str], bad: Mapping[
         return ""
     if r.state is State.LOST:
         return r.why or "is lost"
-    if (r.slice, r.topology) != (wanted.slice, wanted.topology):
-        return f"is a {r.slice} of {r.topology}, wanted is {wanted.slice} of {wanted.topology}"
+    if (r.slice, r.topology, r.slices) != (wanted.slice, wanted.topology, wanted.slices):
+        wants = f"wanted is {wanted.slices} x {wanted.slice} of {wanted.topology}"
+        return f"is {r.slices} x {r.slice} of {r.topology}, {wants}"
     waited_s = now - r.since
     if r.state is State.WAITING and waited_s > wanted.patience_s and any(zone != r.zone for zone in open_zones):
         return f"no capacity in {r.zone} within {waited_s:.0f} s"

@@ -85,7 +85,7 @@ def main() -> None:
         folder = Path(root) / "bench"
         (folder / "logs").mkdir(parents=True)
         (folder / "manifest.json").write_text("{}")
-        with slices.connect(config) as repair:
+        with slices.connect(config, print, lambda: False) as repair:
             place = placement.reserve(config, lambda waited_s: [1] if waited_s < 60 else [], (), repair)
             group = hosts.join(hosts.spawn(config, place, folder, 1, {}, {}), config, lambda: False)
             found = measure(config, group, rounds, steps)
