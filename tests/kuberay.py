@@ -31,7 +31,7 @@ import yaml
 from orchestrator.slices import simulated
 from tests import pods
 
-TICK_S = 0.05
+TICK_S, LOOK_S = 0.05, 0.5
 LACK = "0/9 nodes are available: 9 Insufficient google.com/tpu. preemption: 0/9 nodes are available"
 QUOTA = "rayclusters.ray.io is forbidden: exceeded quota: tpus, requested: google.com/tpu=8, limited: google.com/tpu=0"
 
@@ -59,6 +59,7 @@ class Made:
     slices: dict[int, pods.Slice] = field(default_factory=dict)
     leaving: float | None = None  # since it was asked to go
     ready_at: float | None = None
+    looked_at: float = 0.0
 
 
 @dataclass
@@ -92,6 +93,9 @@ def tick(kube: Kube) -> None:
             continue
         if one.head is None:
             one.head = pods.head(kube.place, name) if kube.settings.hosts else pods.NOTHING
+        if time.monotonic() - one.looked_at >= LOOK_S:
+            one.looked_at = time.monotonic()
+            pods.look_after(one.head, list(one.slices.values()))
         for index in range(group["replicas"]):
             used += 1
             there = one.slices.get(index)

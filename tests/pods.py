@@ -4,10 +4,14 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
 from orchestrator.slices import simulated
 from orchestrator.slices.reaper import kill_groups
@@ -33,6 +37,8 @@ class Pod:
     process: Any  # None where nothing runs
     served: Any = None  # the context in which its machine's metadata server lives
     metadata: Any = None
+    again: Callable[[], Any] | None = None  # starts it: a container that exits is started anew
+    healthy: bool = False
 
 
 @dataclass
@@ -69,14 +75,24 @@ def head(place: Place, name: str) -> Pod:
 
 
 def is_up(what: Pod | Slice) -> bool:
-    """A head once it answers, a slice once its pods are running."""
+    """A head once its own node is in the Ray cluster, a slice once all its pods' are."""
     if isinstance(what, Slice):
-        return all(pod.process is None or pod.process.poll() is None for pod in what.pods)
-    if what.process is None:
-        return True
-    with suppress(OSError), socket.create_connection((what.ip, PORT), timeout=1.0):
-        return True
-    return False
+        return all(pod.process is None or pod.healthy for pod in what.pods)
+    return what.process is None or what.healthy
+
+
+def look_after(head: Pod, slices: list[Slice]) -> None:
+    """What the kubelet does: probes, and starts what exited."""
+    if head.process is None:
+        return
+    nodes = set()
+    with suppress(OSError, RuntimeError), socket.create_connection((head.ip, PORT), timeout=1.0):
+        found = GcsClient(address=f"{head.ip}:{PORT}").get_all_node_info(timeout=2.0).values()
+        nodes = {info.node_manager_address for info in found if info.state == 0}  # alive
+    for pod in [head, *(pod for there in slices for pod in there.pods)]:
+        pod.healthy = pod.ip in nodes
+        if pod.again is not None and pod.process.poll() is not None:
+            pod.process = pod.again()
 
 
 def begin(place: Place, name: str, group: dict[str, Any], index: int, head: Pod, real: bool) -> Slice:
@@ -101,7 +117,8 @@ def begin(place: Place, name: str, group: dict[str, Any], index: int, head: Pod,
         }
         options = [f"--address={head.ip}:{PORT}", "--num-cpus=1", f'--resources={{"TPU": {chips}}}']
         options += ["--object-store-memory=83886080"]
-        made.pods.append(Pod(ip, start(place, name, ip, env, options), served, metadata))
+        again = partial(start, place, name, ip, env, options)
+        made.pods.append(Pod(ip, again(), served, metadata, again))
     return made
 
 
