@@ -6,6 +6,7 @@ controller needs no class of the program's to read it.
 
 import contextlib
 import faulthandler
+import gc
 import glob
 import io
 import os
@@ -27,6 +28,7 @@ from orchestrator.topology import CHIPS_PER_HOST
 if TYPE_CHECKING:
     from gemma.trainer import Trainer
 
+GARBAGE = 50_000  # objects made before the collector looks at them
 # Left by an earlier attempt or slice they make the next one hang.
 STALE = ("MEGASCALE_", "TPU_PROCESS_", "TPU_VISIBLE_", "CLOUD_TPU_TASK_ID", "JAX_COORDINATOR", "XLA_FLAGS")
 
@@ -65,6 +67,9 @@ class Host:
             os.environ["JAX_PLATFORMS"] = "cpu"
         import gemma.trainer  # noqa: F401 - takes seconds, while other hosts are being started or are training
 
+        # What is imported stays: going through all of it would take the step, or a save, 50 ms now and then.
+        gc.freeze()
+        gc.set_threshold(GARBAGE)
         self.trainer: Trainer | None = None
         self.rank = 0
         self.notice: str | None = None
@@ -121,6 +126,7 @@ class Host:
                 where = f"{Path(folder).parent} on host {self.rank} ({socket.gethostname()})"
                 raise ConfigError(f"run.root: {where} does not hold the run; give a directory that all hosts share")
             self.trainer = Trainer(program, Path(folder), Path(cache).expanduser())
+            gc.freeze()
             return self.trainer.opened()
 
         return told(make)

@@ -184,7 +184,7 @@ def test_a_restored_state_judges_as_the_saved_one(steps: Any, program: Program, 
     made = steps(ON, (2, 2, 2))
     saved, _ = made.after(*HEALTHY)
     with checkpoint.open_manager(tmp_path, program.checkpoint) as manager:
-        checkpoint.save(manager, len(HEALTHY), saved)
+        checkpoint.save(manager, len(HEALTHY), jax.tree.map(jax.numpy.asarray, saved))
         manager.wait_until_finished()
         restored = checkpoint.restore(manager, len(HEALTHY), made.functions.state)
     assert_same_bits(saved, jax.device_get(restored))
