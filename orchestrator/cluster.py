@@ -1,13 +1,33 @@
 """Which slices a run wants and who gives them: the `cluster` section of the configuration."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from gemma.config import require, require_at_least
 from orchestrator.topology import slice_type
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
+
+
+@dataclass(frozen=True)
+class Local:
+    """What simulated slices do as a cloud's would, to rehearse it."""
+
+    provision_s: float  # from being asked for to being there
+    stock_out_s: float  # for so long there are none
+    preempt_s: float | None  # the first one is taken away after so long; None is never
+    notice_s: float  # after its hosts were told
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            require(value is None or value >= 0, f"cluster.local.{field.name}={value}: must be at least 0")
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing of it: the slices are there at once, and stay."""
+        return not self.provision_s and not self.stock_out_s and self.preempt_s is None
 
 
 @dataclass(frozen=True)
@@ -87,6 +107,7 @@ class Cluster:
     keep: bool  # the slices outlive the run
     price_per_chip_hour: float | None  # so that the ledger speaks of money
     max_chip_hours: float | None  # of the run, resumed or not: after so many it saves and stops
+    local: Local | None
     gcp: Gcp | None
     gke: Gke | None
 
@@ -110,9 +131,13 @@ class Cluster:
             require(value is None or value > 0, f"cluster.{name}={value}: must be above 0, or null")
         if self.kind == "ray":
             require(self.address is not None, "cluster.address: missing; cluster=ray needs cluster.address=HOST:PORT")
+        if self.kind != "ray":
+            brought = getattr(self, self.kind) is not None
+            require(brought, f"cluster.{self.kind}: missing; cluster={self.kind} brings it")
         section = self.cloud
-        if self.kind in ("gcp", "gke"):
-            require(section is not None, f"cluster.{self.kind}: missing; cluster={self.kind} brings it")
+        outlive = section is not None or not (self.keep or self.name)
+        which = "keep=true" if self.keep else f"name={self.name}"
+        require(outlive, f"cluster.{which}: goes with cluster=gcp and cluster=gke; others have no slices to keep")
         if section is not None:
             require(
                 (self.capacity == "reserved") == (section.reservation is not None),

@@ -14,6 +14,7 @@ from orchestrator.sites import Site
 
 MARKED_S = 8.0  # for Ray to see that a machine is dead whose keeper is
 STACKS_S = 2.0  # for a process to write its stacks
+DRAINED = 3  # AUTOSCALER_DRAIN_PREEMPTED of Ray's gcs.proto: it was told before that the node would be taken away
 
 
 def investigate(
@@ -24,6 +25,7 @@ def investigate(
     """
     spots = group.placement.spots
     alive = wait_marked({spot.node_id for spot in spots} & site.keepers.keys() - held.keys())
+    drained = {node["NodeID"]: "its node was drained" for node in ray.nodes() if node.get("DeathReason") == DRAINED}
     told_of = {item.rank for item in evidence}
     gone = [rank for rank, spot in enumerate(spots) if spot.node_id not in alive and rank not in told_of]
     evidence = [*evidence, *(Evidence(rank, died=True, message="its machine is gone") for rank in gone)]
@@ -38,7 +40,10 @@ def investigate(
                 item,
                 node_alive=spot.node_id in alive,
                 slice_alive=spot.slice_name in slices,
-                notice=item.notice or (told.notice if told else None) or site.notices.get(spot.node_id),
+                notice=item.notice
+                or (told.notice if told else None)
+                or site.notices.get(spot.node_id)
+                or drained.get(spot.node_id),
                 crash=crash_of(folder, attempt, item.rank) if item.died else "",
                 out_of_memory=item.out_of_memory or item.died and killed_for_memory(site.ooms, spot.node_id, told),
                 time=item.time or (told.deaths.get(pid, 0.0) if told else 0.0),

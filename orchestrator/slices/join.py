@@ -7,8 +7,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from orchestrator.slices.raylet import ENVIRONMENT, Host, Joining, raylet_command
-from orchestrator.topology import CHIPS_PER_HOST, NAME_LABEL, RANK_LABEL, TYPE_LABEL
+from orchestrator.slices.raylet import ENVIRONMENT, Host, Joining, raylet_command, tpu_host
 
 CODE = ("gemma", "orchestrator")  # the hosts run the code that was launched, not what lies there
 KEY, SPACE = b"code", b"gemma-orchestrator"  # where the head's key-value store has it
@@ -36,17 +35,6 @@ def main(client: Any, head: str, folder: str, ip: str) -> None:
 
 
 def described(environment: dict[str, str], folder: str) -> Host:
-    """What the node says of itself: as real TPU nodes do."""
     name, worker, kind = (environment[key] for key in ("TPU_NAME", "TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE"))
-    resources = {"TPU": float(CHIPS_PER_HOST), name: 1.0, "accelerator_type:TPU-V5P": 1.0}
-    if worker == "0":
-        resources[f"TPU-{kind}-head"] = 1.0
-    labels = {
-        NAME_LABEL: name,
-        RANK_LABEL: worker,
-        TYPE_LABEL: kind,
-        "ray.io/tpu-topology": environment["TPU_TOPOLOGY"],
-        "ray.io/accelerator-type": "TPU-V5P",
-    }
     env = {"PYTHONPATH": folder, "RAY_gcs_rpc_server_reconnect_timeout_s": str(FORGET_S)}
-    return Host(cpus=1, resources=resources, labels=labels, env=env)
+    return tpu_host(name, int(worker), kind, environment["TPU_TOPOLOGY"], env)

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from orchestrator.topology import CHIPS_PER_HOST, NAME_LABEL, RANK_LABEL, TYPE_LABEL
+
 OBJECT_STORE_BYTES = 80 << 20
 MEMORY_BYTES = 4 << 30
 UNUSED_PORT = 1024  # the lowest that Ray takes: nothing listens there
@@ -38,6 +40,21 @@ class Host:
     resources: Mapping[str, float] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
+
+
+def tpu_host(name: str, worker: int, kind: str, topology: str, env: Mapping[str, str]) -> Host:
+    """What the node of a slice's host says of itself: as real TPU nodes do."""
+    resources = {"TPU": float(CHIPS_PER_HOST), name: 1.0, "accelerator_type:TPU-V5P": 1.0}
+    if worker == 0:
+        resources[f"TPU-{kind}-head"] = 1.0
+    labels = {
+        NAME_LABEL: name,
+        RANK_LABEL: str(worker),
+        TYPE_LABEL: kind,
+        "ray.io/tpu-topology": topology,
+        "ray.io/accelerator-type": "TPU-V5P",
+    }
+    return Host(cpus=1, resources=resources, labels=labels, env=env)
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,15 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from orchestrator.slices import reaper as reaper_script
-from orchestrator.slices.raylet import ENVIRONMENT, Host, Joining, flags_of, ray_file, raylet_command
+from orchestrator.slices.raylet import ENVIRONMENT, Host, Joining, flags_of, ray_file, raylet_command, tpu_host
 from orchestrator.slices.reaper import STOP_TIMEOUT_S, kill_groups
+from orchestrator.topology import Slice
 
 HEAD = -1
 START_TIMEOUT_S = 30.0
@@ -47,21 +48,40 @@ class Cluster:
     dead_since: dict[int, float] = field(default_factory=dict)  # time.monotonic(), of hosts not yet replaced
 
 
-def repair(cluster: Cluster, hosts: Sequence[Host], after_s: float | None) -> None:
+def slice_hosts(kind: Slice, name: str) -> list[Host]:
+    """Of one slice, in the order of their ids."""
+    seen = {"TPU_NAME": name, "TPU_ACCELERATOR_TYPE": kind.name, "TPU_TOPOLOGY": kind.topology}
+    # The checkout may not be installed; the hosts run what was launched.
+    seen["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split()])
+    return [
+        tpu_host(name, worker, kind.name, kind.topology, seen | {"TPU_WORKER_ID": str(worker)})
+        for worker in range(kind.hosts)
+    ]
+
+
+def repair(cluster: Cluster, hosts: Mapping[int, Host], after_s: float | None) -> None:
     """Replaces hosts that are dead for so long by new nodes of the same kind; None is never. Returns at once."""
-    for index, host in enumerate(hosts):
-        node = cluster.nodes[index]
-        if node.process.poll() is None:
+    for index, host in hosts.items():
+        if cluster.nodes[index].process.poll() is None:
             continue
         since = cluster.dead_since.setdefault(index, time.monotonic())
         if after_s is not None and time.monotonic() - since >= after_s:
-            kill_groups({node.process.pid})  # what ran on the host ends with it
-            cluster.nodes[index] = _start_raylet(cluster, index, host)
-            del cluster.dead_since[index]
+            end_nodes(cluster, [index])
+            start_node(cluster, index, host)
 
 
-def start(hosts: Sequence[Host], temp_dir: Path) -> Cluster:
-    """Start a head without CPUs and one node per host, and return once all have registered.
+def end_nodes(cluster: Cluster, indices: Iterable[int]) -> None:
+    """What ran on a host ends with it. Without effect where there is none."""
+    ended = [cluster.nodes.pop(index) for index in indices if index in cluster.nodes]
+    for index in indices:
+        cluster.dead_since.pop(index, None)
+    kill_groups({node.process.pid for node in ended})
+    for node in ended:
+        node.process.wait(STOP_TIMEOUT_S)
+
+
+def start(hosts: Mapping[int, Host], temp_dir: Path) -> Cluster:
+    """Start a head without CPUs and one node per host, by index from 0, and return once all have registered.
 
     `temp_dir` must be absolute, short, and missing or empty; it is removed with the cluster, which
     ends at `stop` or with this process. Call `ray.shutdown` before `stop`.
@@ -88,8 +108,8 @@ def start(hosts: Sequence[Host], temp_dir: Path) -> Cluster:
         put_cluster_metadata(client, ray_init_cluster=False)
         client.internal_kv_put(b"session_name", b"session", True, b"session")
         cluster = Cluster(address, client.cluster_id.hex(), temp_dir, reaper, gcs, {})
-        for index, host in enumerate([Host(0, {"node:__internal_head__": 1}), *hosts], HEAD):
-            cluster.nodes[index] = _start_raylet(cluster, index, host)
+        for index, host in {HEAD: Host(0, {"node:__internal_head__": 1}), **hosts}.items():
+            start_node(cluster, index, host)
         _wait_for_nodes(cluster, deadline)
     except BaseException:
         end(temp_dir, reaper)
@@ -169,12 +189,14 @@ def _start_gcs(temp_dir: Path, reaper: subprocess.Popen[bytes]) -> Node:
     return Node(node_id, spawn(reaper, session / "logs/gcs.log", {}, command))
 
 
-def _start_raylet(cluster: Cluster, index: int, host: Host) -> Node:
+def start_node(cluster: Cluster, index: int, host: Host) -> None:
+    """Returns at once: the node registers by itself."""
     node_id = cluster.gcs.node_id if index == HEAD else secrets.token_hex(28)
     session = cluster.temp_dir / "session"
     node = Joining(cluster.address, cluster.cluster_id, "session", node_id, _ip(index), session)
     log = session / f"logs/raylet-{node_id[:8]}.log"
-    return Node(node_id, spawn(cluster.reaper, log, host.env, raylet_command(node, host, index == HEAD)))
+    command = raylet_command(node, host, index == HEAD)
+    cluster.nodes[index] = Node(node_id, spawn(cluster.reaper, log, host.env, command))
 
 
 def _wait(ready: Callable[[], bool], nodes: Sequence[Node], deadline: float, what: str, temp_dir: Path) -> None:

@@ -163,9 +163,12 @@ def kept(upkeep: Upkeep, keep: bool, tell: Callable[[str, str], None]) -> Iterat
     all is given back, unless `keep`.
     """
 
-    def check() -> None:
+    def pass_on() -> None:
         while upkeep.news:
             tell(*upkeep.news.popleft())
+
+    def check() -> None:
+        pass_on()
         if upkeep.failed is not None:
             raise upkeep.failed
 
@@ -179,6 +182,7 @@ def kept(upkeep: Upkeep, keep: bool, tell: Callable[[str, str], None]) -> Iterat
         upkeep.ended.set()
         if thread.ident is not None:
             thread.join(CLEAR_TIMEOUT_S)
+        pass_on()
         if not keep and upkeep.asked:
             clear(upkeep.provider, upkeep.wanted.owner, upkeep.poll_s, tell)
 
