@@ -1,6 +1,7 @@
 """The run, top to bottom: one process drives every host until the last step is done or given up."""
 
 import contextlib
+import gc
 import os
 import shutil
 import time
@@ -30,6 +31,7 @@ from orchestrator.slices.upkeep import NoSlicesError
 
 WINDOWS_IN_FLIGHT = 2
 LOOK_EVERY_S = 1.0  # at whether the hosts will stay
+WAITED_IN_VAIN = (StoppedError, TimeoutError, NoSlicesError)
 
 
 def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, commanded: float) -> Exit:
@@ -38,6 +40,7 @@ def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, comma
     lock: of the directory, let go at the end. commanded: the time.monotonic() at which the user asked, from which
     the first step is counted.
     """
+    gc.freeze()  # Ray and all else that is imported stays: no need to go through it again and again
     report = Report(config, folder, commanded)
     try:
         code = drive(config, folder, report, interrupt)
@@ -77,19 +80,12 @@ def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) ->
             sites.opened(config, folder, repair) as site,
         ):
             return attempt(config, folder, site, report, interrupt)
-    except StoppedError as stopped:
-        report.event("stop", waiting_for=str(stopped))
-        return Exit.STOPPED
-    except (TimeoutError, NoSlicesError) as late:
-        report.event("give_up", reason=str(late))
-        report.screen.say(f"gave up: {late}")
-        return Exit.GAVE_UP
+    except WAITED_IN_VAIN as early:
+        return left_waiting(early, report)
 
 
 def attempt(config: Config, folder: Path, site: Site, report: Report, interrupt: Interrupt) -> Exit:
-    """Trains until the last step, again and again. Raises StoppedError, TimeoutError and NoSlicesError while waiting
-    for slices or hosts.
-    """
+    """Trains until the last step, again and again."""
     history: list[Failure] = []
     while True:
         report.begin_attempt()
@@ -114,6 +110,8 @@ def attempt(config: Config, folder: Path, site: Site, report: Report, interrupt:
                 return left
             history.append(recover.moved(left, site, report))
             report.decided(decide(history, config.retry.budget))
+        except WAITED_IN_VAIN as early:
+            return left_waiting(early, report)  # told before the slices are given back
         except HostsFailedError as failed:
             report.phase("down", "a host failed")
             assert group is not None
@@ -126,6 +124,16 @@ def attempt(config: Config, folder: Path, site: Site, report: Report, interrupt:
             if group:
                 sites.kill(site, group)
             report.write_goodput(now=True)
+
+
+def left_waiting(early: Exception, report: Report) -> Exit:
+    """The run ends while it waits for slices or hosts: the user asked for that, or they do not come."""
+    if isinstance(early, StoppedError):
+        report.event("stop", waiting_for=str(early))
+        return Exit.STOPPED
+    report.event("give_up", reason=str(early))
+    report.screen.say(f"gave up: {early}")
+    return Exit.GAVE_UP
 
 
 def train(

@@ -30,11 +30,13 @@ def ours(emulated: Cloud) -> list[str]:
     return sorted(one.resource.tpu.node_spec[0].node.metadata["gemma-owner"] for one in emulated.given.values())
 
 
-def killed(process: subprocess.Popen[str], emulated: Cloud, call: int, moment: str) -> None:
-    """SIGKILL as the so-manieth call from now is begun, or was obeyed and is not answered yet."""
+def killed(process: subprocess.Popen[str], emulated: Cloud, folder: Path, during: str, call: int, moment: str) -> None:
+    """SIGKILL as the so-manieth call of a phase is begun, or was obeyed and is not answered yet."""
     seen = {"before": 0, "after": 0}
 
     def hook(verb: str, now: str) -> None:
+        if during == "teardown" and '"stop"' not in (folder / "events.jsonl").read_text():
+            return
         seen[now] += 1
         if now == moment and seen[now] == call:
             os.kill(process.pid, signal.SIGKILL)
@@ -61,13 +63,12 @@ def test_at_twenty_points_nothing_is_left_and_nobody_elses_is_touched(tmp_path: 
             if during == "teardown":
                 wait_for(lambda: given_to(emulated, run), "a slice", process)  # noqa: B023
                 wait_for(lambda: connected(tmp_path / run), "the Ray cluster", process)  # noqa: B023
-                with emulated.lock:
-                    process.send_signal(signal.SIGTERM)
-                wait_for(lambda: (tmp_path / run / "events.jsonl").read_text().count('"stop"') > 0, "the end", process)  # noqa: B023
             with emulated.lock:
-                killed(process, emulated, call, moment)
-            process.communicate(timeout=60)
-            assert process.returncode == -signal.SIGKILL, run
+                killed(process, emulated, tmp_path / run, during, call, moment)
+            if during == "teardown":
+                process.send_signal(signal.SIGTERM)
+            said = process.communicate(timeout=60)
+            assert process.returncode == -signal.SIGKILL, (run, said)
             emulated.hook = lambda *_: None
             left += len(emulated.given) - 1
             out = finish(launch("cluster", "down", *overrides, f"run.root={tmp_path}", f"run={run}"), 0)

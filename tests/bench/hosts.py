@@ -8,6 +8,7 @@ to dispatch a window, the controller's CPU seconds a window, seconds from a host
 restart decided.
 """
 
+import gc
 import os
 import signal
 import statistics
@@ -145,6 +146,7 @@ def main() -> None:
     ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
     players = [ray.remote(Player).options(num_cpus=0).remote() for _ in range(PLAYERS)]
     ray.get([player.pid.remote() for player in players])
+    gc.freeze()  # as the controller does
     print("hosts  dispatch of a window  controller CPU a window  death seen  classified and decided")
     with tempfile.TemporaryDirectory() as folder:
         for count in counts:
