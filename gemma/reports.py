@@ -89,3 +89,15 @@ class Opened:
 
     share_key: str  # equal for hosts that hold the same bytes of the state
     share_bytes: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a host has found out about its chips; of each, in their order, what is a tuple."""
+
+    platform: str
+    chips: int
+    chips_in_all: int  # of all hosts, as this one sees it
+    free_bytes: tuple[int, ...] = ()  # empty where the platform does not tell
+    products: tuple[str, ...] = ()  # a checksum of the same matrix product
+    seconds: tuple[float, ...] = ()  # that it took; empty where that tells nothing

@@ -111,15 +111,15 @@ def up(config: Config, owner: str) -> int:
 
     kept = slices.provider(config).upkeep(config, owner)
     deadline = time.monotonic() + config.timeout.reserve_s
-    with upkeep.kept(kept, keep=True, tell=tell) as check:
+    with upkeep.kept(kept, keep=True, tell=tell) as given:
         while time.monotonic() < deadline:
             try:
-                check()
+                given.repair()
             except upkeep.NoSlicesError as error:
                 tell("cluster", str(error))
                 return Exit.GAVE_UP
             if sum(state is State.READY for state in kept.states.values()) >= kept.wanted.count:
-                check()
+                given.repair()
                 return Exit.FINISHED
             time.sleep(0.1)
     tell("cluster", f"not all there after timeout.reserve_s={config.timeout.reserve_s:.0f}; what waits is kept")

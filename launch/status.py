@@ -56,8 +56,14 @@ def detail(folder: Path) -> str:
         buckets = sorted(found["buckets"].items(), key=lambda item: -item[1])
         lines += [f"wall {found['wall_s']:.1f} s, restarts {found['restarts']}"]
         lines += [f"  {name:8} {seconds:9.1f} s" for name, seconds in buckets if seconds >= 0.05]
+    told = rundir.events(folder)
+    lines += [
+        f"quarantined: host {e['host']} (worker {e['worker']} of {e['slice']}): {e['why']}"
+        for e in told
+        if e["event"] == "unfit"
+    ]
     lines += [f"checkpoints at steps {rundir.committed(folder)} in {folder / 'checkpoints'}", "last events:"]
-    for event in rundir.events(folder)[-EVENTS_SHOWN:]:
+    for event in told[-EVENTS_SHOWN:]:
         clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
         shown = {k: v for k, v in event.items() if k not in ("time", "event", "attempt", "step", "hosts", "seconds")}
         facts = " ".join(f"{key}={value}" for key, value in shown.items())

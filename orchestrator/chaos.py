@@ -21,13 +21,13 @@ STRIKE_S = 5.0  # for a keeper to do its worst
 
 
 def strike(plan: Sequence[Fault], phase: str, group: Group, site: Site, report: Report) -> None:
-    """Does what is due: one fault at a step, and on the way back to it one amid compiling and one amid restoring.
+    """Does what is due: one fault at a step, and on the way back to it one each amid check, compiling and restoring.
 
     A run that is never let go on gives up.
 
     Told first: a fault that ends the controller must not strike again when it is resumed.
     """
-    moment = (report.newest, phase if phase in ("compile", "restore") else "step")
+    moment = (report.newest, "step" if phase == "save" else phase)
     early = unsaved(plan, report)
     for fault in plan:
         due = fault.phase == phase and fault.step <= report.newest and fault.index not in report.struck
@@ -58,6 +58,8 @@ def do(fault: Fault, group: Group, site: Site, report: Report) -> None:
         hosts.call(group, STRIKE_S, "poison")  # between two windows; nobody waits for the answers
     elif fault.kind == "tear":
         tear(report.folder)
+    elif fault.kind == "chip":
+        worker.spoil.remote()  # it hears of it before it is asked
     elif keeper is None or not pid:
         hosts.stop([worker])  # too early for more: the process is killed whatever was asked for
     elif fault.kind == "worker":

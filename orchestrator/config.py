@@ -59,11 +59,26 @@ class Retry:
 
 
 @dataclass(frozen=True)
+class Fitness:
+    """Of chips, looked at before they train on hosts that are new to the run."""
+
+    check: bool
+    slow_factor: float | None  # a chip that takes so many times what is usual is slow; None is off
+    free_share: float  # of the memory that the emptiest chip has free: with less, somebody else holds it
+
+    def __post_init__(self) -> None:
+        factor, share = self.slow_factor, self.free_share
+        require(factor is None or factor > 1, f"fitness.slow_factor={factor}: must be above 1, or null")
+        require(0 <= share <= 1, f"fitness.free_share={share}: must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
 class Timeout:
     """Deadlines in seconds; every wait has one."""
 
     reserve_s: float  # slices are placed
     start_s: float  # host processes are up and have found each other
+    check_s: float  # a host has looked at its chips; all chips have heard of each other
     compile_s: float  # data and programs are ready
     restore_s: float
     step_s: float  # the first steps of an attempt; after that a hang is what takes far longer than the steps before
@@ -110,6 +125,7 @@ class Config:
     cluster: Cluster
     wandb: Wandb
     retry: Retry
+    fitness: Fitness
     timeout: Timeout
     plan: Planning
     chaos: Chaos

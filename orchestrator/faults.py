@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from gemma.config import ConfigError, require, require_at_least
 
-KINDS = (*("worker", "crash", "host", "controller", "preempt", "hang", "slow", "tear", "full_disk", "nan"),)
-PHASES = ("compile", "restore", "step", "save")
+KINDS = (*("worker", "crash", "host", "controller", "preempt", "hang", "slow", "tear", "full_disk", "nan", "chip"),)
+PHASES = ("check", "compile", "restore", "step", "save")
+ALWAYS = {"chip": "check"}  # kinds that strike in one phase only: a spoilt chip is one that the check must find
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def plan(chaos: Chaos, steps: int, ranks: int) -> list[Fault]:
     dice = random.Random(chaos.seed)
     for _ in range(chaos.random):
         kind, phase = dice.choice(chaos.kinds), dice.choice(chaos.phases)
+        phase = ALWAYS.get(kind, phase)
         step = dice.randrange(1, max(2, int(LATEST * steps)))
         found.append(Fault(len(found), kind, step, phase, dice.randrange(ranks)))
     return found
@@ -58,10 +60,11 @@ def parse(index: int, text: str, ranks: int) -> Fault:
     kind, _, rest = text.partition("@")
     when, _, rank = rest.partition("/")
     step, _, phase = when.partition(":")
-    known = kind in KINDS and (phase or "step") in PHASES
+    phase = phase or ALWAYS.get(kind, "step")
+    known = kind in KINDS and phase in PHASES and phase == ALWAYS.get(kind, phase)
     if not known or not step.isdigit() or not (rank or "0").isdigit():
         raise ConfigError(
             f"chaos.faults={text}: must be KIND@STEP[:PHASE][/RANK]; kinds are {', '.join(KINDS)};"
-            f" phases are {', '.join(PHASES)}"
+            f" phases are {', '.join(PHASES)}; a chip's is check"
         )
-    return Fault(index, kind, int(step), phase or "step", int(rank or 0) % ranks)
+    return Fault(index, kind, int(step), phase, int(rank or 0) % ranks)

@@ -52,7 +52,7 @@ class HostsFailedError(Exception):
 
     def __init__(self, evidence: Sequence[Evidence]):
         super().__init__(
-            "; ".join(f"rank {e.rank}: {e.overdue or e.exception or 'died'} {e.message}" for e in evidence)
+            "; ".join(f"rank {e.rank}: {e.unfit or e.overdue or e.exception or 'died'} {e.message}" for e in evidence)
         )
         self.evidence = tuple(evidence)
 

@@ -16,6 +16,7 @@ class Evidence:
     notice: str | None = None  # that its machine would be taken away: SIGTERM, a drain, the metadata server
     crash: str = ""  # what the process wrote as it crashed: a segmentation fault, an abort
     out_of_memory: bool = False  # the kernel, or Ray, has killed for memory on this host meanwhile
+    unfit: str = ""  # what is wrong with its chips, seen before they trained
     exception: str | None = None  # the type that was raised inside it
     message: str = ""
     traceback: str = ""
@@ -27,6 +28,7 @@ class Evidence:
 class Outcome(Enum):
     PREEMPTED = "preempted"  # somebody said that the machine would go
     REGROWN = "slice back"  # no failure: the run takes up a slice that it had lost
+    UNFIT = "unfit host"  # its chips are too few, taken, wrong or slow
     SLICE_LOST = "slice lost"  # every host of a slice is gone
     NODE_DIED = "node died"
     OUT_OF_MEMORY = "out of memory"  # of the host
@@ -53,6 +55,9 @@ NAMED = {
 
 def classify(evidence: Sequence[Evidence]) -> tuple[Outcome, Evidence]:
     """The outcome and the host it is read from. A death explains its peers' exceptions, so it is looked for first."""
+    for item in evidence:
+        if item.unfit:
+            return Outcome.UNFIT, item
     dead = sorted((item for item in evidence if item.died or not item.node_alive), key=when)
     for item in evidence:
         if item.notice:

@@ -8,7 +8,7 @@ from orchestrator.outcome import Outcome
 FREE = frozenset({Outcome.PREEMPTED, Outcome.REGROWN})  # nobody's fault, and foreseen
 RETRIED = FREE | {
     *(Outcome.SLICE_LOST, Outcome.NODE_DIED, Outcome.OUT_OF_MEMORY, Outcome.HOST_CRASHED, Outcome.HOST_DIED),
-    *(Outcome.HANG, Outcome.PEER_LOST, Outcome.SNAPSHOT, Outcome.CHECKPOINT),
+    *(Outcome.HANG, Outcome.PEER_LOST, Outcome.SNAPSHOT, Outcome.CHECKPOINT, Outcome.UNFIT),
 }
 # Made by the program itself: where one comes back at the same step, it will come back for ever. What is done to a run
 # from outside, a kill or a lost machine, may strike twice at a step by chance.

@@ -28,8 +28,8 @@ def resume_command(config: Config, folder: Path, more: str = "") -> str:
 
 def seen(cause: Evidence) -> str:
     """What was seen of a failure, in a line."""
-    if cause.notice:
-        return cause.notice
+    if cause.unfit or cause.notice:
+        return cause.unfit or str(cause.notice)
     if cause.died:
         how = cause.crash or ("killed for memory" if cause.out_of_memory else "killed from outside: no crash report")
         return f"its process is gone, {how}" if cause.node_alive else "its node is gone"

@@ -11,7 +11,7 @@ from typing import IO
 
 from gemma.config import ConfigError
 from gemma.reports import Opened
-from orchestrator import chaos, faults, recover, rewind, rundir, sites, slices
+from orchestrator import chaos, faults, fitness, recover, rewind, rundir, sites, slices
 from orchestrator import config as configs
 from orchestrator import flight as flights
 from orchestrator import group as hosts
@@ -76,8 +76,8 @@ def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) ->
     report.phase("reserve", "starting the cluster")
     try:
         with (
-            slices.connect(config, report.provided, interrupt.asked) as repair,
-            sites.opened(config, folder, repair) as site,
+            slices.connect(config, report.provided, interrupt.asked) as given,
+            sites.opened(config, folder, given) as site,
         ):
             return attempt(config, folder, site, report, interrupt)
     except WAITED_IN_VAIN as early:
@@ -102,6 +102,7 @@ def attempt(config: Config, folder: Path, site: Site, report: Report, interrupt:
             group = hosts.join(group, now, interrupt.asked)
             sites.man(site, group)
             report.event("start", duration_s=time.monotonic() - started, pids=list(group.pids))
+            fitness.check(now, group, site, report, interrupt.asked)
             opened = recover.start(now, folder, group, site, report, interrupt, started)
             left = train(now, group, opened, site, report, interrupt)
             if isinstance(left, Exit):

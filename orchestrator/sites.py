@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,11 +22,23 @@ from orchestrator.interrupt import StoppedError
 from orchestrator.keeper import Held
 from orchestrator.memory import Attaching
 from orchestrator.outcome import Evidence
-from orchestrator.placement import Placement
+from orchestrator.placement import Placement, Spot
+from orchestrator.slices.given import Given
 
 BACK = "a lost slice is back"
 SAY_EVERY_S = 60.0
 PATIENCE_S = 3.0  # for memory, after a failure: another one soon after shall find it
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A host that this run trains on no more."""
+
+    spot: Spot
+    why: str
+
+    def __str__(self) -> str:
+        return f"host {self.spot.ip} (worker {self.spot.worker_id} of {self.spot.slice_name}): {self.why}"
 
 
 @dataclass
@@ -34,44 +47,57 @@ class Site:
 
     config: Config  # of the whole run: with the slices that are wanted
     space: str  # the keepers' namespace
+    given: Given
     keepers: dict[str, Any] = field(default_factory=dict)
     spares: dict[str, Any] = field(default_factory=dict)  # processes with everything imported
     predecessors: dict[str, int] = field(default_factory=dict)  # the pid that was last at work on a node
     notices: dict[str, str] = field(default_factory=dict)  # of nodes about to be taken away
     ooms: dict[str, int] = field(default_factory=dict)  # processes killed for memory on a node so far
     keys: list[str] = field(default_factory=list)  # of each rank's share
-    repair: Callable[[], None] = lambda: None  # replaces lost hosts, where that is ours to do
+    fit: set[str] = field(default_factory=set)  # nodes whose chips were found sound
+    quarantined: dict[str, Quarantined] = field(default_factory=dict)  # by node id: an address may be another host's
     placement: Placement | None = None
     occupied: bool = False  # the run has had its slices
     needed: bool = True  # the memory: not once all is on disk
+
+    @property
+    def avoid(self) -> Mapping[str, Any]:
+        """Nodes that will go or are bad, as it stands whenever it is looked at."""
+        return ChainMap(self.notices, self.quarantined)
 
 
 def occupy(site: Site, stop: Callable[[], bool], tell: Callable[[str], None]) -> Placement:
     """The hosts of the last attempt if all of them stay, else others: as many slices as wanted or, when a lost one is
     not replaced in time, fewer. Raises StoppedError, TimeoutError.
     """
-    if site.placement is not None and not placement.stands(site.placement, site.notices):
+    if site.placement is not None and not placement.stands(site.placement, site.avoid):
         placement.release(site.placement)
         site.placement = None
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         site.keepers = {node: keeper for node, keeper in site.keepers.items() if node in alive}
     if site.placement is None:
         config = site.config
+        bad = "".join(f"; quarantined: {one}" for one in site.quarantined.values())
         said = time.monotonic()
+        for one in site.quarantined.values():
+            site.given.discard(one.spot, one.why)
 
         def wait() -> None:
             nonlocal said
             if stop():
                 raise StoppedError("slices")
-            site.repair()
+            site.given.repair()
             if site.notices:
                 heed(site, memory.inventory(site.keepers))
             if time.monotonic() - said > SAY_EVERY_S:
                 said = time.monotonic()
-                tell(f"waiting for {config.cluster.num_slices} x {config.cluster.slice}")
+                tell(f"waiting for {config.cluster.num_slices} x {config.cluster.slice}{bad}")
 
         enough = partial(counts, config, site.occupied)
-        site.placement = placement.reserve(config, enough, site.notices, wait)
+        try:
+            site.placement = placement.reserve(config, enough, site.avoid, wait)
+        except TimeoutError as late:
+            raise TimeoutError(f"{late}{bad}") from late
         site.occupied = True
     return site.placement
 
@@ -80,6 +106,12 @@ def heed(site: Site, held: Mapping[str, Held]) -> None:
     """Which hosts are about to be taken away. A warning may be taken back."""
     site.notices.clear()  # in place: who waits for hosts looks at it
     site.notices |= {node: one.notice for node, one in held.items() if one.notice}
+
+
+def quarantined(folder: Path) -> dict[str, Quarantined]:
+    """By earlier controllers of this run too."""
+    told = [event for event in rundir.events(folder) if event["event"] == "unfit"]
+    return {e["node"]: Quarantined(Spot(e["slice"], e["worker"], e["node"], e["host"]), e["why"]) for e in told}
 
 
 def counts(config: Config, again: bool, waited_s: float) -> list[int]:
@@ -107,14 +139,15 @@ def can_shrink(config: Config, count: int) -> bool:
 def reason_to_leave(site: Site) -> Evidence | None:
     """Why the run should move on at the next step boundary: a host is drained, or a lost slice is back."""
     assert site.placement is not None
+    site.given.news()
     wanted = site.config.cluster.num_slices
     going = placement.draining()
     for rank, spot in enumerate(site.placement.spots):
         if spot.node_id in going:
             return Evidence(rank, notice=f"host {spot.ip} is being drained", time=time.time())
     if site.placement.slices < wanted:
-        site.repair()
-        _, free = placement.look(site.config, site.notices)
+        site.given.repair()
+        _, free = placement.look(site.config, site.avoid)
         if len(free) + site.placement.slices >= wanted:
             return Evidence(0, notice=BACK, time=time.time())
     return None
@@ -160,12 +193,12 @@ def equip(site: Site, group: Group, opened: Sequence[Opened], patience_s: float)
 
 
 @contextmanager
-def opened(config: Config, folder: Path, repair: Callable[[], None]) -> Iterator[Site]:
+def opened(config: Config, folder: Path, given: Given) -> Iterator[Site]:
     """With what an earlier controller of this run left. At the end all is given back, but for snapshots that a
     controller which resumes the run will want.
     """
-    site = Site(config, memory.namespace(folder.name, rundir.read_manifest(folder).created), repair=repair)
-    site.keepers = memory.find(site.space)
+    site = Site(config, memory.namespace(folder.name, rundir.read_manifest(folder).created), given)
+    site.keepers, site.quarantined = memory.find(site.space), quarantined(folder)
     try:
         yield site
     finally:

@@ -24,7 +24,8 @@ def investigate(
     abort may be heard of first. held: what the keepers said that answered.
     """
     spots = group.placement.spots
-    alive = wait_marked({spot.node_id for spot in spots} & site.keepers.keys() - held.keys())
+    silent = {spot.node_id for spot in spots} & site.keepers.keys() - held.keys()
+    alive = wait_marked(set() if all(item.unfit for item in evidence) else silent)  # then keepers are still coming up
     drained = {node["NodeID"]: "its node was drained" for node in ray.nodes() if node.get("DeathReason") == DRAINED}
     told_of = {item.rank for item in evidence}
     gone = [rank for rank, spot in enumerate(spots) if spot.node_id not in alive and rank not in told_of]

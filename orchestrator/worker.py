@@ -21,7 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from gemma.config import ConfigError, Program
-from gemma.reports import Failed, Opened
+from gemma.reports import Failed, Found, Opened
 from orchestrator.keeper import NOTICE
 from orchestrator.topology import CHIPS_PER_HOST
 
@@ -73,6 +73,7 @@ class Host:
         self.trainer: Trainer | None = None
         self.rank = 0
         self.notice: str | None = None
+        self.spoilt = False
 
     def ping(self) -> None:
         """Answers once everything is imported."""
@@ -116,6 +117,24 @@ class Host:
             signal.signal(signal.SIGTERM, self.noticed)  # JAX has put its own in place
 
         return told(connect)
+
+    def spoil(self) -> None:
+        """A rehearsal: a chip of this host multiplies wrong."""
+        self.spoilt = True
+
+    def check(self, chips: int, chips_in_all: int, cache: str) -> Found | Raised:
+        """What this host finds out about its chips by itself."""
+        from gemma import fitness
+
+        found: Found | Raised = told(fitness.alone, chips, chips_in_all, Path(cache).expanduser(), self.spoilt)
+        return found
+
+    def meet(self, cache: str) -> tuple[int, ...] | Raised:
+        """What its chips hear of all others."""
+        from gemma import fitness
+
+        heard: tuple[int, ...] | Raised = told(fitness.meet, Path(cache).expanduser())
+        return heard
 
     def open(self, program: Program, folder: str, cache: str) -> Any:
         """Makes the data and the programs ready; Opened, or what was Raised."""

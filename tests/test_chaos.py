@@ -38,15 +38,18 @@ def test_the_seed_decides_what_strikes_when() -> None:
 
 
 def test_what_is_listed_strikes_as_it_says() -> None:
-    listed = replace(OFF, faults=("worker@30", "host@60/1", "crash@90:save/3"))
+    listed = replace(OFF, faults=("worker@30", "host@60/1", "crash@90:save/3", "chip@0/1"))
     assert plan(listed, 100, 2) == [
         Fault(0, "worker", 30, "step", 0),
         Fault(1, "host", 60, "step", 1),
         Fault(2, "crash", 90, "save", 1),  # ranks go round
+        Fault(3, "chip", 0, "check", 1),
     ]
 
 
-@pytest.mark.parametrize("text", ["worker", "worker@", "worker@x", "fire@3", "worker@3:lunch", "worker@3/x", ""])
+@pytest.mark.parametrize(
+    "text", ["worker", "worker@", "worker@x", "fire@3", "worker@3:lunch", "worker@3/x", "chip@3:step", ""]
+)
 def test_a_fault_that_is_none_is_refused_by_name(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^chaos.faults="):
         replace(OFF, faults=(text,))

@@ -58,7 +58,32 @@ def test_what_is_lost_comes_back_from_memory(undisturbed: Path, root: Path, faul
     (found,) = incidents(folder)
     assert (found["outcome"], found["rank"], found["source"]) == (outcome, int(fault[-1]), "memory")
     assert found["steps_lost"] <= LOST
+    # Chips are looked at where a host is new: what recovers on the same hosts waits for no such thing.
+    assert event_names(folder).count("fit") == (2 if outcome == "node died" else 1)
     assert_same_run(undisturbed, folder, STEPS)
+
+
+def test_a_host_with_a_wrong_chip_is_quarantined_by_name_and_replaced(undisturbed: Path, root: Path) -> None:
+    folder = struck(root, "chip@0/1")
+    (found,) = incidents(folder)
+    assert (found["outcome"], found["rank"], found["step"]) == ("unfit host", 1, 0)
+    (unfit,) = [event for event in rundir.events(folder) if event["event"] == "unfit"]
+    assert (unfit["slice"], unfit["worker"], unfit["why"]) == ("simulated-0", 1, "chip 0 multiplies wrong")
+    assert event_names(folder).count("initialise") == 1
+    assert_same_run(undisturbed, folder, STEPS)
+
+
+def test_where_nobody_replaces_a_bad_host_the_run_goes_around_it_resumed_or_not(
+    root: Path, existing_cluster: str
+) -> None:
+    where = [f"run.root={root}", "cluster=ray", f"cluster.address={existing_cluster}", "train.dtype=float32"]
+    chaos = ["chaos=listed", "chaos.faults=[chip@0/1]"]
+    finish(launch("train", "run.id=around", *where, *SMALL, *chaos, "timeout.replace_s=2"), 2)
+    finish(launch("resume", "run=around", f"run.root={root}", "timeout.reserve_s=2"), 2)
+    reasons = [event["reason"] for event in rundir.events(root / "around") if event["event"] == "give_up"]
+    assert len(reasons) == 2
+    assert all("(worker 1 of s0): chip 0 multiplies wrong" in reason for reason in reasons)
+    assert event_names(root / "around").count("unfit") == 1
 
 
 def test_an_announced_departure_saves_moves_on_and_is_free(undisturbed: Path, root: Path) -> None:

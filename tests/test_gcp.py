@@ -10,6 +10,7 @@ import pytest
 
 from gemma.config import ConfigError
 from orchestrator.config import Config
+from orchestrator.placement import Spot
 from orchestrator.slices import cloud, gcp, upkeep
 from orchestrator.slices.upkeep import NoSlicesError, Upkeep
 from orchestrator.slices.wanted import State
@@ -49,8 +50,8 @@ def wait(check: Callable[[], None], until: Callable[[], bool]) -> None:
 def keeping(config: Config, keep: bool = False, told: list[str] | None = None) -> Iterator[tuple[Upkeep, Any]]:
     kept = cloud.upkeep(config, "mine")
     say = lambda what, news: told.append(f"{what}: {news}") if told is not None else None  # noqa: E731
-    with upkeep.kept(kept, keep, say) as check:
-        yield kept, check
+    with upkeep.kept(kept, keep, say) as given:
+        yield kept, given.repair
 
 
 def zones(emulated: Cloud) -> list[str]:
@@ -156,16 +157,28 @@ def test_a_slice_whose_hosts_do_not_join_is_given_back_for_another() -> None:
     with serving() as emulated:
         kept = cloud.upkeep(config(emulated, "cluster.gcp.rejoin_s=0.3"), "mine", joined=set)
         told: list[str] = []
-        with upkeep.kept(kept, False, lambda what, news: told.append(news)) as check:
-            wait(check, lambda: sum("its hosts are not in the Ray cluster" in line for line in told) >= 2)
+        with upkeep.kept(kept, False, lambda what, news: told.append(news)) as given:
+            wait(given.repair, lambda: sum("its hosts are not in the Ray cluster" in line for line in told) >= 2)
             assert len(emulated.given) <= 1
+
+
+def test_a_slice_with_a_bad_host_is_given_back_for_another_and_only_it() -> None:
+    two = ["cluster.num_slices=2", "mesh=multislice", "train.batch=16"]
+    with serving() as emulated, keeping(config(emulated, *two)) as (kept, check):
+        wait(check, ready(kept, 2))
+        bad, sound = sorted(name.rpartition("/")[2] for name in emulated.given)
+        for _ in range(2):  # as often as the run waits for hosts
+            upkeep.discard(kept, Spot(bad, 1, "node", "10.0.0.2"), "chip 0 multiplies wrong")
+        wait(check, lambda: bad not in kept.states and ready(kept, 2)())
+        assert sound in kept.states
+        assert len(emulated.active_at) == 3
 
 
 def test_nobody_elses_is_touched() -> None:
     with serving() as emulated:
         other = cloud.upkeep(config(emulated), "other")
-        with upkeep.kept(other, True, lambda *_: None) as check:
-            wait(check, ready(other))
+        with upkeep.kept(other, True, lambda *_: None) as given:
+            wait(given.repair, ready(other))
         (theirs,) = emulated.given
         with keeping(config(emulated)) as (kept, check):
             wait(check, ready(kept))

@@ -47,6 +47,7 @@ DEAD = Evidence(1, died=True, time=5.0)
         ([Evidence(0, exception="Diverged")], Outcome.DIVERGED, 0),
         ([Evidence(0, exception="ConfigError"), Evidence(1, died=True)], Outcome.HOST_DIED, 1),
         ([Evidence(0, overdue="run"), Evidence(1, exception="KeyError")], Outcome.ERROR, 1),
+        ([Evidence(0, died=True, node_alive=False), Evidence(1, unfit="chip 2 is slow")], Outcome.UNFIT, 1),
         ([Evidence(0)], Outcome.ERROR, 0),
     ],
 )

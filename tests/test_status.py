@@ -71,3 +71,10 @@ def test_one_run_s_detail_tells_where_its_time_went_and_what_happened(tmp_path: 
     assert "save" not in text
     assert "checkpoints at steps [20]" in text
     assert "outcome=host died" in text
+
+
+def test_a_host_in_quarantine_is_named_however_long_ago_that_was(tmp_path: Path) -> None:
+    folder = fabricate(tmp_path, "some", done=20)
+    happened(folder, "unfit", host="10.0.0.2", slice="a", worker=3, node="f00", why="chip 1 multiplies wrong")
+    happened(folder, *["save"] * 50)
+    assert "quarantined: host 10.0.0.2 (worker 3 of a): chip 1 multiplies wrong" in detail(folder)

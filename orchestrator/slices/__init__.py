@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from orchestrator.config import Config
+from orchestrator.slices.given import Given
 
 MODULES = {"local": "local", "ray": "existing", "gcp": "cloud", "gke": "gke"}
 
@@ -18,16 +19,14 @@ def provider(config: Config) -> ModuleType:
 
 
 @contextmanager
-def connect(
-    config: Config, tell: Callable[[str, str], None], asked: Callable[[], bool]
-) -> Iterator[Callable[[], None]]:
-    """Gives what replaces lost hosts: it is called again and again, and raises NoSlicesError once there will be none.
+def connect(config: Config, tell: Callable[[str, str], None], asked: Callable[[], bool]) -> Iterator[Given]:
+    """Gives what replaces lost and bad hosts.
 
     tell: is given the news, what and what of it. asked: whether the user wants to stop. Raises ConfigError where the
     provider cannot be reached, StoppedError, and TimeoutError and NoSlicesError where it gives nothing.
     """
-    with provider(config).connect(config, tell, asked) as repair:
+    with provider(config).connect(config, tell, asked) as given:
         from ray._private import worker
 
         worker._worker_logs_enabled = False  # a death is told by us, in one line
-        yield repair
+        yield given

@@ -12,6 +12,7 @@ from google.protobuf import json_format
 from orchestrator.cluster import Cluster
 from orchestrator.config import Config
 from orchestrator.slices import existing, gcp, head, startup
+from orchestrator.slices.given import Given
 from orchestrator.slices.upkeep import Provider, Upkeep, kept
 from orchestrator.slices.wanted import Ask, Request, Wanted, request_name
 from orchestrator.topology import slice_type
@@ -61,20 +62,18 @@ def rendered(config: Config, owner: str) -> str:
 
 
 @contextmanager
-def connect(config: Config, tell: Callable[[str, str], None], _: object) -> Iterator[Callable[[], None]]:
+def connect(config: Config, tell: Callable[[str, str], None], _: object) -> Iterator[Given]:
     """Slices that are to be kept are not given back at the end."""
     cluster = config.cluster
     assert cluster.gcp is not None
     assert config.run.id is not None
     owner = cluster.name or config.run.id
     head.check(cluster, cluster.gcp)
-    keeping = upkeep(config, owner, partial(existing.joined, config))
+    keeping, keep = upkeep(config, owner, partial(existing.joined, config)), cluster.keep or cluster.name is not None
     with (
-        kept(
-            keeping, cluster.keep or cluster.name is not None, tell
-        ) as check,  # asked first: the head comes up meanwhile
+        kept(keeping, keep, tell) as given,  # asked first: the head comes up meanwhile
         head.opened(cluster, cluster.gcp) as address,
         existing.connected(address),
     ):
         head.give_code(address)
-        yield check
+        yield given

@@ -1,7 +1,7 @@
 """cluster=ray: TPU nodes of a Ray cluster that exists already."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,16 @@ from gemma.config import ConfigError
 from orchestrator.config import Config
 from orchestrator.interrupt import handlers_kept
 from orchestrator.placement import whole_slices
+from orchestrator.slices.given import Given, avoided
 from orchestrator.slices.join import CODE
 
 
 @contextmanager
-def connect(config: Config, *_: object) -> Iterator[Callable[[], None]]:
+def connect(config: Config, *_: object) -> Iterator[Given]:
     """Leaves the cluster as it was: only this run's actors and placement groups end."""
     with connected(str(config.cluster.address), code()):
-        yield lambda: None  # lost hosts are replaced by the cluster's owner, or its autoscaler
+        # Lost hosts are replaced by the cluster's owner, or its autoscaler.
+        yield Given(lambda: None, avoided, lambda: None)
 
 
 def code() -> dict[str, Any]:

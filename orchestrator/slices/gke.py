@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from orchestrator.cluster import Cluster, Gke
 from orchestrator.config import Config
 from orchestrator.interrupt import StoppedError
 from orchestrator.slices import existing, guest
+from orchestrator.slices.given import Given, avoided
 from orchestrator.slices.raycluster import OURS, raycluster, told
 from orchestrator.slices.upkeep import Provider, RefusedError, Upkeep, kept
 from orchestrator.slices.wanted import Ask, Request, Wanted, owner_label
@@ -164,18 +166,16 @@ def rendered(config: Config, owner: str) -> str:
 
 
 @contextmanager
-def connect(
-    config: Config, tell: Callable[[str, str], None], asked: Callable[[], bool]
-) -> Iterator[Callable[[], None]]:
+def connect(config: Config, tell: Callable[[str, str], None], asked: Callable[[], bool]) -> Iterator[Given]:
     """A RayCluster that is to be kept is not given back at the end."""
     cluster = config.cluster
     assert config.run.id is not None
     owner = cluster.name or config.run.id
     keeping = upkeep(config, owner, set)
-    with kept(keeping, cluster.keep or cluster.name is not None, tell) as check:
-        at = wait_for_head(config, owner, check, asked)
+    with kept(keeping, cluster.keep or cluster.name is not None, tell) as given:
+        at = wait_for_head(config, owner, given.repair, asked)
         with guest.joined(at) as ip, existing.connected(at, existing.code(), ip):
-            yield check
+            yield replace(given, discard=avoided)
 
 
 def wait_for_head(config: Config, owner: str, check: Callable[[], None], asked: Callable[[], bool]) -> str:

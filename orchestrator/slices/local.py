@@ -12,7 +12,9 @@ import ray
 
 from orchestrator.config import Config
 from orchestrator.interrupt import handlers_kept
+from orchestrator.placement import Spot
 from orchestrator.slices import rehearsed, simulated
+from orchestrator.slices.given import Given
 from orchestrator.slices.raylet import Host
 from orchestrator.slices.upkeep import kept
 
@@ -24,7 +26,7 @@ def hosts(config: Config) -> dict[int, Host]:
 
 
 @contextmanager
-def connect(config: Config, tell: Callable[[str, str], None], _: object) -> Iterator[Callable[[], None]]:
+def connect(config: Config, tell: Callable[[str, str], None], _: object) -> Iterator[Given]:
     """Starts the nodes and ends them, with everything that runs on them. The slices are there at once, unless
     cluster.local says otherwise.
     """
@@ -36,10 +38,16 @@ def connect(config: Config, tell: Callable[[str, str], None], _: object) -> Iter
         with handlers_kept():
             ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         if settings.is_plain:
-            yield partial(simulated.repair, cluster, made, config.cluster.repair_s)
+            repair = partial(simulated.repair, cluster, made, config.cluster.repair_s)
+            yield Given(repair, partial(discard, cluster), lambda: None)
         else:
-            with kept(rehearsed.upkeep(config, cluster), False, tell) as check:
-                yield check
+            with kept(rehearsed.upkeep(config, cluster), False, tell) as given:
+                yield given
     finally:
         ray.shutdown()
         simulated.stop(cluster)
+
+
+def discard(cluster: simulated.Cluster, spot: Spot, _: str) -> None:
+    """Ends the host, which is then lost as any other. Its successor has its address, but is another node."""
+    simulated.end_node(cluster, spot.node_id)

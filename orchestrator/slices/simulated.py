@@ -70,6 +70,13 @@ def repair(cluster: Cluster, hosts: Mapping[int, Host], after_s: float | None) -
             start_node(cluster, index, host)
 
 
+def end_node(cluster: Cluster, node_id: str) -> None:
+    """Kill a host with all that runs on it, if it is there still."""
+    for index, node in cluster.nodes.items():
+        if node.node_id == node_id and index != HEAD:
+            kill_groups({node.process.pid})
+
+
 def end_nodes(cluster: Cluster, indices: Iterable[int]) -> None:
     """What ran on a host ends with it. Without effect where there is none."""
     ended = [cluster.nodes.pop(index) for index in indices if index in cluster.nodes]

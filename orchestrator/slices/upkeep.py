@@ -6,10 +6,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 from gemma.config import ConfigError
+from orchestrator.slices.given import Given
 from orchestrator.slices.wanted import Ask, GiveBack, Request, State, Wanted, reconcile
+
+if TYPE_CHECKING:
+    from orchestrator.placement import Spot
 
 WORST_WAIT_S = 60.0  # between two looks while the provider is in trouble
 ANSWER_TIMEOUT_S = 20.0  # for the provider, before anything is asked of it
@@ -52,6 +57,7 @@ class Upkeep:
     turned_down: dict[str, float] = field(default_factory=dict)  # zone: until then
     quotas: dict[str, str] = field(default_factory=dict)  # zone: what it said
     bad: dict[str, str] = field(default_factory=dict)  # slices to be replaced, and why
+    discarded: deque[tuple[str, str]] = field(default_factory=deque)  # by the run, not yet among the bad
     absent_since: dict[str, float] = field(default_factory=dict)  # ready, and not in the Ray cluster
     states: dict[str, State] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)  # why they are in that state
@@ -121,7 +127,15 @@ def note(upkeep: Upkeep, there: Sequence[Request], now: float) -> None:
     for name, since in upkeep.absent_since.items():
         if now - since > upkeep.rejoin_s:
             upkeep.bad[name] = f"its hosts are not in the Ray cluster after {now - since:.0f} s"
+    while upkeep.discarded:
+        name, why = upkeep.discarded.popleft()
+        upkeep.bad[name] = why
     upkeep.bad = {name: why for name, why in upkeep.bad.items() if name in upkeep.states}
+
+
+def discard(upkeep: Upkeep, spot: "Spot", why: str) -> None:
+    """At the next look a bad host's slice is given back for another. Called from the run's thread."""
+    upkeep.discarded.append((spot.slice_name, f"its host {spot.ip} (worker {spot.worker_id}): {why}"))
 
 
 def loop(upkeep: Upkeep) -> None:
@@ -158,10 +172,8 @@ def begin(upkeep: Upkeep) -> None:
 
 
 @contextmanager
-def kept(upkeep: Upkeep, keep: bool, tell: Callable[[str, str], None]) -> Iterator[Callable[[], None]]:
-    """Gives what the run calls again and again: it passes on the news and raises what ended the upkeep. At the end
-    all is given back, unless `keep`.
-    """
+def kept(upkeep: Upkeep, keep: bool, tell: Callable[[str, str], None]) -> Iterator[Given]:
+    """Its `repair` passes on the news and raises what ended the upkeep. At the end all is given back, unless `keep`."""
 
     def pass_on() -> None:
         while upkeep.news:
@@ -177,7 +189,7 @@ def kept(upkeep: Upkeep, keep: bool, tell: Callable[[str, str], None]) -> Iterat
     if upkeep.failed is None:
         thread.start()
     try:
-        yield check
+        yield Given(check, partial(discard, upkeep), pass_on)
     finally:
         upkeep.ended.set()
         if thread.ident is not None:

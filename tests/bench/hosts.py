@@ -34,6 +34,7 @@ from orchestrator.policy import decide
 from orchestrator.report import Report
 from orchestrator.saves import Saves
 from orchestrator.sites import Site
+from orchestrator.slices.given import Given, avoided
 from orchestrator.worker import Told
 from tests.test_config import config_of
 
@@ -108,7 +109,12 @@ def measure(root: Path, count: int, players: list[Any]) -> dict[str, float]:
     workers = [Played(victim if rank == count - 1 else players[1 + rank % PLAYERS], rank) for rank in range(count)]
     spots = tuple(Spot("slice", rank, f"node-{rank}", "127.0.0.1") for rank in range(count))
     group = Group(tuple(workers), Placement(spots, None), (), tuple(range(1, count + 1)))  # type: ignore[arg-type]
-    site = Site(config, "bench", keepers={spot.node_id: w for spot, w in zip(spots, workers, strict=True)})
+    site = Site(
+        config,
+        "bench",
+        Given(lambda: None, avoided, lambda: None),
+        keepers={spot.node_id: w for spot, w in zip(spots, workers, strict=True)},
+    )
     site.keepers.pop(f"node-{count - 1}")
     site.keys = [f"key-{rank}" for rank in range(count)]
     flight = Flight(config, group, report, 0, Saves(0))

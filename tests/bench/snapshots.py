@@ -85,8 +85,8 @@ def main() -> None:
         folder = Path(root) / "bench"
         (folder / "logs").mkdir(parents=True)
         (folder / "manifest.json").write_text("{}")
-        with slices.connect(config, print, lambda: False) as repair:
-            place = placement.reserve(config, lambda waited_s: [1] if waited_s < 60 else [], (), repair)
+        with slices.connect(config, print, lambda: False) as given:
+            place = placement.reserve(config, lambda waited_s: [1] if waited_s < 60 else [], (), given.repair)
             group = hosts.join(hosts.spawn(config, place, folder, 1, {}, {}), config, lambda: False)
             found = measure(config, group, rounds, steps)
     base = found["neither"]

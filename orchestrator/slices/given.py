@@ -1,0 +1,19 @@
+"""What a provider gives a run besides the slices themselves."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # it loads Ray, which launch.cluster list can do without
+    from orchestrator.placement import Spot
+
+
+@dataclass(frozen=True)
+class Given:
+    repair: Callable[[], None]  # replaces lost hosts: called again and again; NoSlicesError once there will be none
+    discard: Callable[["Spot", str], None]  # asks for another host instead of a bad one, and says why; may be repeated
+    news: Callable[[], None]  # has what has happened told: called again and again
+
+
+def avoided(spot: "Spot", why: str) -> None:
+    """The run goes around a bad host; whoever keeps the cluster replaces it: its owner, or KubeRay."""
