@@ -267,8 +267,8 @@ def check_room(wanted_bytes: int) -> None:
 
 
 def oom_kills() -> int:
-    """The kernel's count for this control group, or for the machine; 0 where it does not tell."""
-    for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control", "/proc/vmstat"):
+    """The kernel's count for this machine; where it is not told, for this control group; 0 where that is not either."""
+    for path in ("/proc/vmstat", "/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
         with contextlib.suppress(OSError, ValueError):
             for line in Path(path).read_text().splitlines():
                 if line.startswith("oom_kill "):
