@@ -1,5 +1,6 @@
 """Runs that outlive the machine they were submitted from: jobs on the head of a Ray cluster with TPU nodes."""
 
+import shlex
 import shutil
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,11 +55,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     (top / "away").mkdir()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_JOB_ALLOW_DRIVER_ON_WORKER_NODES", "1")  # Ray would put jobs anywhere
-        with existing_cluster.cluster("1", "", str(port)) as address:
-            patch.undo()
-            yield Place(address, f"127.0.0.1:{port}", checkout, top / "away", top / "cluster/runs")
+    with existing_cluster.cluster("1", "", str(port)) as address:
+        yield Place(address, f"127.0.0.1:{port}", checkout, top / "away", top / "cluster/runs")
 
 
 def launch(at: Path, code: Path, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -194,6 +193,22 @@ def test_what_the_head_refuses_is_told_in_one_line_and_leaves_nothing(place: Pla
     unknown = launch(place.away, source.TOP, "logs", f"cluster.dashboard={place.dashboard}", "run=nosuch")
     assert unknown.returncode == 1
     assert unknown.stderr.startswith("logs: run=nosuch: no such run is known to the Ray cluster at")
+
+
+def test_a_job_is_bound_to_the_head_whatever_ray_is_told_and_its_arguments_reach_it_whole() -> None:
+    from orchestrator import jobs
+
+    given: dict[str, Any] = {}
+
+    class Client:
+        def submit_job(self, **wanted: Any) -> str:
+            given.update(wanted)
+            return str(wanted["submission_id"])
+
+    head = jobs.Head("head:1", Client(), "the-node", {}, {})  # type: ignore[arg-type]
+    assert jobs.submit(head, "some", "/r", "train", ["profile.steps=[1,2]", "data.path=/a b"]).startswith("some-train-")
+    assert given["entrypoint_label_selector"] == {"ray.io/node-id": "the-node"}
+    assert shlex.split(given["entrypoint"])[-4:] == ["-m", "launch.train", "profile.steps=[1,2]", "data.path=/a b"]
 
 
 def test_a_machine_that_may_be_taken_away_drives_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
