@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gemma.config import ConfigError
+from launch import detached
 from launch.command import CONF, arguments, main
 from orchestrator import config as configs
 from orchestrator import rundir, slices
@@ -99,6 +100,8 @@ def down(config: Config, run: str, orphans: bool) -> int:
         owners = sorted({r.owner for r in provider.look() if is_dead(r.owner, config.run.root)})
     elif run and Path(config.run.root, run).is_dir() and rundir.is_locked(Path(config.run.root, run)):
         raise ConfigError(f"run={run}: is being driven by a process; stop that first")
+    elif run and detached.is_driven(Path(config.run.root, run)):
+        raise ConfigError(f"run={run}: is being driven by a job on a cluster; launch.stop run={run} first")
     poll_s = config.cluster.cloud.poll_s
     left = [one for owner in owners for one in upkeep.clear(provider, owner, poll_s, tell, patient=True)]
     print("something is left" if left else "nothing is left")

@@ -4,9 +4,11 @@ import time
 from dataclasses import asdict, replace
 
 from gemma.config import ConfigError
+from launch import detached
 from launch.command import apply, arguments, main, process_started
-from orchestrator import change, preflight, rundir
+from orchestrator import change, preflight, rundir, source
 from orchestrator import config as configs
+from orchestrator.cluster import dashboard_of
 from orchestrator.interrupt import Interrupt
 
 USAGE = """Go on with a run from its newest checkpoint.
@@ -14,22 +16,29 @@ USAGE = """Go on with a run from its newest checkpoint.
   python -m launch.resume run=latest
   python -m launch.resume run=ID train.steps=800          extend it
   python -m launch.resume run=ID mesh.fsdp=4 mesh.tensor=2   onto another mesh
+  python -m launch.resume run=ID detach=true             a detached run, where it lies
 
   run       the run's id, or latest (required)
   run.root  where runs lie (default: runs)
+  detach    true: the controller is a job on the head of the Ray cluster (default: false)
+  cluster.dashboard   HOST:PORT of it, or cluster.address; not needed where the run was submitted from
 
 Overrides are classified and printed: safe (more steps, logging), resharding (mesh, cluster), changing the data order
 (data, train.seed, train.batch: refused unless resume.allow_data_change=true), forbidden (model)."""
 
 
 def work() -> int:
-    own, overrides = arguments({"run": "", "run.root": "runs"}, USAGE)
+    own, overrides = arguments({"run": "", "run.root": "runs", "detach": "false", "cluster.dashboard": ""}, USAGE)
     if not own["run"]:
         raise ConfigError("run: missing; give run=ID or run=latest")
+    if own["detach"] not in ("true", "false"):
+        raise ConfigError(f"detach={own['detach']}: must be true or false")
+    if own["detach"] == "true":
+        return resume_there(own, overrides)
     folder = rundir.find(own["run.root"], own["run"])
     manifest = rundir.read_manifest(folder)
     old = manifest.config | {"run": manifest.config["run"] | {"root": own["run.root"]}}
-    old |= {"resume": {"allow_data_change": False}}
+    old |= {"resume": {"allow_data_change": False}, "detach": False}
     new = apply(old, overrides)
     config = configs.from_container(new)
     found = change.changes(configs.flatten(old), configs.flatten(new))
@@ -47,9 +56,16 @@ def work() -> int:
     for item in found:
         print(f"resume: {item}")
     print(f"resume: run {folder.name} from step {done} to {config.train.steps}", flush=True)
-    attempt = rundir.Attempt("resume", overrides, time.time())
-    mesh = asdict(config.program.mesh)
-    resumed = replace(manifest, config=asdict(config), attempts=[*manifest.attempts, attempt], mesh=mesh)
+    code = source.source()
+    attempt = rundir.Attempt("resume", overrides, time.time(), code.commit)
+    resumed = replace(
+        manifest,
+        config=asdict(config),
+        attempts=[*manifest.attempts, attempt],
+        mesh=asdict(config.program.mesh),
+        git_commit=code.commit,
+        git_diff=code.diff,
+    )
     with Interrupt() as interrupt:
         rundir.write_manifest(folder, resumed)
 
@@ -60,6 +76,23 @@ def work() -> int:
         except ConfigError:
             rundir.write_manifest(folder, manifest)  # what a host refused is not what the run is
             raise
+
+
+def resume_there(own: dict[str, str], overrides: list[str]) -> int:
+    """The same as a job, where the run lies: there its manifest is read, and what may not be is refused."""
+    from orchestrator import jobs
+
+    given = {key: value for key, _, value in (override.partition("=") for override in overrides)}
+    own |= {"cluster.address": given.get("cluster.address", "")}
+    at, run = detached.dashboard(own), own["run"]
+    if at is None:  # the directory is here as there
+        folder = rundir.find(own["run.root"], run)
+        at, run = dashboard_of(str(rundir.read_manifest(folder).config["cluster"]["address"])), folder.name
+        own |= {"run": run, "run.root": str(folder.parent)}
+    if at is None:
+        raise ConfigError(f"run={run}: detach=true needs cluster.dashboard=HOST:PORT, or cluster.address=HOST:PORT")
+    run, root = detached.whose(jobs.connect(at), own)
+    return detached.begin(at, run, root, "resume", [f"run={run}", *overrides])
 
 
 if __name__ == "__main__":

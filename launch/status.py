@@ -5,18 +5,23 @@ import time
 from pathlib import Path
 
 from gemma.config import ConfigError
+from launch import detached
 from launch.command import arguments, main
 from orchestrator import rundir
 
-USAGE = """List runs: state, step, loss, goodput.
+USAGE = f"""List runs: state, step, loss, goodput.
 
   python -m launch.status
   python -m launch.status run=latest      one run: where its time went and its last events
+  python -m launch.status cluster.address=HOST:PORT    the detached runs of a cluster, from anywhere
+  python -m launch.status cluster.address=HOST:PORT run=ID
 
   run       a run's id, or latest
-  run.root  where runs lie (default: runs)"""
+  run.root  where runs lie (default: runs)
+{detached.USAGE}"""
 
 EVENTS_SHOWN = 12
+ANSWER_S = 120.0
 
 
 def state(folder: Path) -> str:
@@ -71,15 +76,43 @@ def detail(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def elsewhere(root: str) -> list[list[str]]:
+    """Runs that were submitted from here, and whose directories are not here."""
+    found = []
+    for path in sorted(Path(root).expanduser().glob(f"*/{rundir.DETACHED}")):
+        noted = rundir.detached(path.parent)
+        if noted and not (path.parent / "manifest.json").exists():
+            submitted = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+            found.append([path.parent.name, f"on {noted.dashboard}", "-", "-", "-", submitted])
+    return found
+
+
+def show_there(own: dict[str, str], at: str) -> int:
+    """Runs of which only their jobs are known here; or one of them, asked where it lies."""
+    from orchestrator import jobs
+
+    if own["run"]:
+        return detached.ask(own, at, "status", [], ANSWER_S)
+    found = jobs.jobs(jobs.connect(at))
+    clocks = [time.strftime("%Y-%m-%d %H:%M", time.localtime(job.began)) for job in found]
+    rows = [[job.run, job.state, clock, job.root] for job, clock in zip(found, clocks, strict=True)]
+    print(table([["run", "state", "began", "in"], *rows]) if rows else f"no runs are known to the cluster of {at}")
+    return 0
+
+
 def work() -> int:
-    own, rest = arguments({"run": "", "run.root": "runs"}, USAGE)
+    known = {"run": "", "run.root": "runs"} | detached.CLUSTER
+    own, rest = arguments(known, USAGE)
     if rest:
-        raise ConfigError(f"{rest[0].partition('=')[0]}: unknown key; allowed: run, run.root")
+        raise ConfigError(f"{rest[0].partition('=')[0]}: unknown key; allowed: {', '.join(known)}")
+    if at := detached.dashboard(own):
+        return show_there(own, at)
     folders = [rundir.find(own["run.root"], own["run"])] if own["run"] else rundir.runs(own["run.root"])
-    if not folders:
+    others = [] if own["run"] else elsewhere(own["run.root"])
+    if not folders and not others:
         print(f"no runs in {own['run.root']}; start one with python -m launch.train")
         return 0
-    print(table([["run", "state", "step", "loss", "goodput", "started"], *map(line, folders)]))
+    print(table([["run", "state", "step", "loss", "goodput", "started"], *map(line, folders), *others]))
     if own["run"]:
         print(detail(folders[0]))
     return 0

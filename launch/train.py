@@ -11,12 +11,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from gemma.config import ConfigError
+from launch import detached
 from launch.command import CONF, MISTAKES, checked, main, process_started, tell
 from orchestrator import config as configs
-from orchestrator import manifest, preflight, rundir
+from orchestrator import manifest, preflight, rundir, source
 from orchestrator.exit import Exit
 from orchestrator.interrupt import Interrupt
 
+NOT_THERE = ("detach", "run.id", "run.root", "cluster.dashboard")  # of the overrides, on the head
 codes: list[Exit] = []  # one a job; a sweep leaves with the worst
 sweeps: set[Path] = set()
 
@@ -45,14 +47,23 @@ def train(composed: DictConfig, commanded: float) -> Exit:
     preflight.check_fits(config)
     run_id = config.run.id or rundir.new_id(config.model.name)
     config = configs.with_id(config, run_id, config.run.root)
+    overrides = list(HydraConfig.get().overrides.task)
+    if config.detach:
+        assert config.cluster.dashboard_at is not None
+        rest = [line for line in overrides if line.partition("=")[0].lstrip("+") not in NOT_THERE]
+        return detached.begin(
+            config.cluster.dashboard_at, run_id, config.run.root, "train", [*rest, f"run.id={run_id}"]
+        )
     with Interrupt() as interrupt:
         folder = rundir.create(config.run.root, run_id)
         lock = rundir.lock(folder)
         try:
-            rundir.write_manifest(folder, manifest.new(config, list(HydraConfig.get().overrides.task)))
+            rundir.write_manifest(folder, manifest.new(config, overrides))
         except ConfigError:
             shutil.rmtree(folder)  # nothing is in it
             raise
+        if source.is_submitted():
+            print(f"train: run {run_id} in {folder}", flush=True)  # who submitted it waits for this
 
         from orchestrator.run import run  # Ray: not before the input is known to be good
 

@@ -8,6 +8,8 @@ from gemma.config import require, require_at_least
 from orchestrator.topology import slice_type
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
+HOST_PORT = r"[^\s:/]+:\d{1,5}"
+DASHBOARD_PORT = 8265  # Ray's own default
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,11 @@ class Gke:
         )
 
 
+def dashboard_of(address: str) -> str | None:
+    """Where Ray puts the dashboard of a cluster, unless told otherwise."""
+    return f"{address.rpartition(':')[0]}:{DASHBOARD_PORT}" if re.fullmatch(HOST_PORT, address) else None
+
+
 @dataclass(frozen=True)
 class Cluster:
     kind: Literal["local", "ray", "gcp", "gke"]
@@ -101,6 +108,7 @@ class Cluster:
     num_slices: int
     min_slices: int | None  # with so many the run goes on while others are lost; None is all
     address: str | None  # of a Ray cluster that exists already
+    dashboard: str | None  # HOST:PORT of its dashboard; None is DASHBOARD_PORT of the address' host
     repair_s: float | None  # cluster=local: a lost host is replaced after so long; None is never
     capacity: Literal["on-demand", "spot", "reserved"]
     name: str | None  # slices that are this name's, not the run's: kept, and taken up by the next that gives it
@@ -129,6 +137,8 @@ class Cluster:
         for name in ("price_per_chip_hour", "max_chip_hours"):
             value = getattr(self, name)
             require(value is None or value > 0, f"cluster.{name}={value}: must be above 0, or null")
+        ok = self.dashboard is None or re.fullmatch(HOST_PORT, self.dashboard)
+        require(bool(ok), f"cluster.dashboard={self.dashboard}: must be HOST:PORT, or null")
         if self.kind == "ray":
             require(self.address is not None, "cluster.address: missing; cluster=ray needs cluster.address=HOST:PORT")
         if self.kind != "ray":
@@ -144,6 +154,11 @@ class Cluster:
                 f"cluster.{self.kind}.reservation={section.reservation or 'null'}: goes with cluster.capacity=reserved,"
                 f" which is {self.capacity}",
             )
+
+    @property
+    def dashboard_at(self) -> str | None:
+        """HOST:PORT; None where the address does not tell."""
+        return self.dashboard or dashboard_of(self.address or "")
 
     @property
     def cloud(self) -> Gcp | Gke | None:

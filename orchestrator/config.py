@@ -130,6 +130,11 @@ class Config:
     plan: Planning
     chaos: Chaos
     resume: Resume
+    detach: bool  # the controller is a job on the head of the Ray cluster
+
+    def __post_init__(self) -> None:
+        if self.detach:
+            check_detached(self.cluster, self.run)
 
     @property
     def slice(self) -> Slice:
@@ -157,6 +162,31 @@ class Config:
             self.profile,
             self.guard,
         )
+
+
+def check_detached(cluster: Cluster, run: Run) -> None:
+    """A controller that outlives this machine needs a Ray cluster that does. Raises ConfigError."""
+    require(
+        cluster.kind != "local",
+        "detach=true: a slice of cluster=local ends with this machine; allowed are cluster=ray, gcp and gke",
+    )
+    require(
+        cluster.kind != "gke" or cluster.name is not None,
+        "detach=true: with cluster=gke the controller lives on the head of a RayCluster that outlives the run; give"
+        " cluster.name=NAME, that of launch.cluster up, and cluster.address=HOST:PORT of its head",
+    )
+    require(
+        cluster.kind != "gcp" or cluster.address is not None,
+        "detach=true: cluster=gcp starts the Ray head on this machine; give cluster.address=HOST:PORT, a head on a"
+        " machine that is not preemptible",
+    )
+    require(
+        cluster.dashboard_at is not None,
+        f"cluster.address={cluster.address or 'null'}: detach=true needs HOST:PORT, or cluster.dashboard=HOST:PORT",
+    )
+    require(
+        run.root.startswith("/"), f"run.root={run.root}: with detach=true it lies on the cluster; give an absolute path"
+    )
 
 
 def from_container(container: Mapping[str, Any]) -> Config:

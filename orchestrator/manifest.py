@@ -1,31 +1,15 @@
 """What a run's manifest says at its start: where the code and the packages stood."""
 
-import subprocess
 import sys
 import time
 from dataclasses import asdict
 from importlib import metadata
-from pathlib import Path
 
 from orchestrator.config import Config
 from orchestrator.rundir import Attempt, Manifest
+from orchestrator.source import source
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ray", "hydra-core", "wandb")
-
-
-def git_commit() -> str | None:
-    """The commit of this code, with '+' where the working tree differs; None outside a checkout."""
-    top = Path(__file__).parent
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=top, capture_output=True, text=True, timeout=10)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "") if commit else None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
 
 
 def versions() -> dict[str, str]:
@@ -40,13 +24,14 @@ def versions() -> dict[str, str]:
 
 def new(config: Config, overrides: list[str]) -> Manifest:
     assert config.run.id is not None
-    mesh = config.program.mesh
+    mesh, code = config.program.mesh, source()
     return Manifest(
         id=config.run.id,
         created=time.time(),
         config=asdict(config),
-        attempts=[Attempt("train", overrides, time.time())],
-        git_commit=git_commit(),
+        attempts=[Attempt("train", overrides, time.time(), code.commit)],
+        git_commit=code.commit,
+        git_diff=code.diff,
         versions=versions(),
         mesh={"replica": mesh.replica, "fsdp": mesh.fsdp, "tensor": mesh.tensor},
         wandb_id=config.run.id,

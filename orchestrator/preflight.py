@@ -1,5 +1,6 @@
 """What can be refused before anything is started, besides the config itself."""
 
+import contextlib
 import math
 import os
 import socket
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from gemma import analytic, corpus, flops, tokenizer, v5p
 from gemma.config import ConfigError, naming
-from orchestrator import ahead, plan, search
+from orchestrator import ahead, metadata, plan, search, source
 from orchestrator.config import Config
 
 ANSWER_TIMEOUT_S = 2.0
@@ -25,6 +26,10 @@ def check(config: Config) -> None:
     if config.train.tokens is not None:
         steps = math.ceil(config.train.tokens / (config.train.batch * config.data.sequence))
         raise ConfigError(f"train.tokens={config.train.tokens:g}: only launch.plan takes it; give train.steps={steps}")
+    if config.detach:
+        return  # the rest is looked at on the machine that will drive the run
+    if source.is_submitted():
+        check_stays()
     with naming(f"run.root={config.run.root}"):
         check_directory("run.root", config.run.root)
     if config.cluster.kind == "ray":
@@ -53,6 +58,16 @@ def check(config: Config) -> None:
             raise ConfigError(
                 f"model.vocab={config.model.vocab}: data.tokenizer={config.data.tokenizer} makes {coder.vocab} ids;"
                 f" give model.vocab={-(-coder.vocab // 128) * 128} or a larger model"
+            )
+
+
+def check_stays() -> None:
+    """A submitted controller must not be on a machine that may be taken away, where the machine can tell."""
+    with contextlib.suppress(OSError):  # not a machine of Google's
+        if metadata.ask(os.environ.get("GCE_METADATA_HOST", metadata.HOST), "scheduling/preemptible") == "TRUE":
+            raise ConfigError(
+                "detach=true: the head of the Ray cluster is a preemptible machine, and a controller there would go"
+                " with it; start the head on one that stays"
             )
 
 

@@ -16,12 +16,15 @@ from orchestrator.incident import Incident, as_rows, page
 from orchestrator.outcome import Evidence
 from orchestrator.policy import GiveUp, Restart
 from orchestrator.progress import Screen
+from orchestrator.source import is_submitted
 from orchestrator.wandb_log import WandbLog, eval_row
 
 GOODPUT_EVERY_S = 5.0
 
 
 def resume_command(config: Config, folder: Path, more: str = "") -> str:
+    if is_submitted():
+        return f"python -m launch.resume run={folder.name} detach=true{more}"
     root = "" if config.run.root == "runs" else f" run.root={config.run.root}"
     return f"python -m launch.resume run={folder.name}{root}{more}"
 

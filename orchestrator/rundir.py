@@ -19,6 +19,7 @@ from typing import IO, Any
 from gemma.config import ConfigError, naming
 
 KEPT_LINES = 100_000  # of a file that cannot be written: some 50 MB
+DETACHED = "detached.json"
 LOCK_TIMEOUT_S = 0.3  # a status command holds the lock for an instant while it looks
 
 
@@ -29,6 +30,15 @@ class Attempt:
     command: str  # train or resume
     overrides: list[str]
     time: float
+    git_commit: str | None = None  # not there in older manifests, nor is Manifest.git_diff
+
+
+@dataclass(frozen=True)
+class Detached:
+    """What lies here of a run whose directory lies on a cluster."""
+
+    dashboard: str  # HOST:PORT
+    root: str  # there
 
 
 @dataclass(frozen=True)
@@ -37,11 +47,12 @@ class Manifest:
     created: float
     config: dict[str, Any]  # resolved; the last attempt's
     attempts: list[Attempt]
-    git_commit: str | None
+    git_commit: str | None  # of the last attempt
     versions: dict[str, str]
     mesh: dict[str, int]  # filled
     wandb_id: str
     parent: str | None
+    git_diff: str | None = None  # of the last attempt's working tree against that commit
 
 
 def new_id(model: str) -> str:
@@ -71,6 +82,11 @@ def find(root: str, run: str) -> Path:
         if run != "latest" and (named / "manifest.json").is_file():
             read_manifest(named)
             return named
+        if run != "latest" and (there := detached(named)):
+            raise ConfigError(
+                f"run={run}: lies on the cluster of {there.dashboard}, in {there.root}; allowed are launch.status,"
+                " launch.logs, launch.stop, and launch.resume with detach=true"
+            )
         known = runs(root)
     if not known:
         raise ConfigError(f"run={run}: no runs in run.root={root}")
@@ -87,6 +103,12 @@ def runs(root: str) -> list[Path]:
         with contextlib.suppress(ConfigError):  # one broken run does not hide the others
             created[path.parent] = read_manifest(path.parent).created
     return sorted(created, key=lambda folder: created[folder])
+
+
+def detached(folder: Path) -> Detached | None:
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Detached(**json.loads((folder / DETACHED).read_text()))
+    return None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -239,6 +261,18 @@ def is_locked(folder: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+def driver(folder: Path) -> int | None:
+    """The process of this machine that drives a run; None where there is none that can be told."""
+    path = (folder / "controller.lock").resolve()
+    with contextlib.suppress(OSError, ValueError):
+        pid = int(path.read_text())
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():  # the number alone may be another machine's
+            with contextlib.suppress(OSError):
+                if Path(os.readlink(descriptor)) == path:
+                    return pid
+    return None
 
 
 def skipped_batches(folder: Path) -> tuple[int, ...]:

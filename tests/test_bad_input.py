@@ -107,6 +107,22 @@ def refused(place: Path, command: str, arguments: str, expected: str) -> None:
         ("--multirun=1", "--multirun=1: unknown flag"),
         ("profile.steps=[500,600]", "profile.steps=[500, 600]: begins after train.steps=400"),
         ("wandb.mode=foo", "wandb.mode=foo: must be one of"),
+        ("detach=true run.root=/r", "detach=true: a slice of cluster=local ends with this machine; allowed are"),
+        ("detach=true run.root=/r cluster=gcp", "detach=true: cluster=gcp starts the Ray head on this machine; give"),
+        (
+            "detach=true run.root=/r cluster=gke cluster.gke.image=x",
+            "detach=true: with cluster=gke the controller lives",
+        ),
+        ("detach=true cluster=ray cluster.address=127.0.0.1:9", "run.root=runs: with detach=true it lies on the"),
+        (
+            "detach=true run.root=/r cluster=ray cluster.address=auto",
+            "cluster.address=auto: detach=true needs HOST:PORT, or cluster.dashboard=HOST:PORT",
+        ),
+        (
+            "detach=true run.root=/r cluster=ray cluster.address=auto cluster.dashboard=127.0.0.1:9",
+            "cluster.dashboard=127.0.0.1:9: no dashboard of a Ray cluster answers there",
+        ),
+        ("cluster.dashboard=http://x", "cluster.dashboard=http://x: must be HOST:PORT, or null"),
     ],
 )
 def test_train_refuses_in_one_line(place: Path, arguments: str, expected: str) -> None:
@@ -152,6 +168,7 @@ def test_resume_refuses_in_one_line(place: Path, arguments: str, expected: str) 
         ("run=unknown", "run=unknown: no such run"),
         ("train.steps=3", "train.steps: unknown key; allowed: run, run.root"),
         ("--frob", "--frob: not an override"),
+        ("cluster.address=auto", "cluster.address=auto: must be HOST:PORT"),
     ],
 )
 def test_status_refuses_in_one_line(place: Path, arguments: str, expected: str) -> None:

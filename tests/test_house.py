@@ -71,7 +71,8 @@ def test_a_folder_imports_only_what_the_house_allows(file: str) -> None:
     ("modules", "absent"),
     [
         (
-            "launch.train, launch.resume, launch.status, launch.report, launch.convert, launch.plan, launch.cluster",
+            "launch.train, launch.resume, launch.status, launch.report, launch.convert, launch.plan, launch.cluster,"
+            " launch.logs, launch.stop",
             {"ray", "wandb", *JAX},
         ),
         ("orchestrator.run, orchestrator.worker", JAX),
