@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
@@ -80,7 +81,8 @@ def told(at: str) -> Iterator[None]:
 def connect(at: str) -> Head:
     """Raises ConfigError where no dashboard answers."""
     try:
-        with urllib.request.urlopen(f"http://{at}/api/version", timeout=ANSWER_TIMEOUT_S) as answer:
+        request = urllib.request.Request(f"http://{at}/api/version", headers=get_auth_headers_if_auth_enabled({}))
+        with urllib.request.urlopen(request, timeout=ANSWER_TIMEOUT_S) as answer:
             json.load(answer)["ray_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
