@@ -29,6 +29,7 @@ USAGE = """Slices that outlive a run, or were left by one.
                                    ask for slices and wait for them; launch.train with the same cluster.name takes them
   python -m launch.cluster render cluster=gcp ...               what would be asked for; nothing is touched
 
+Or cluster=gke; up and render need its cluster.gke.image and cluster.gke.claim.
 run.root (default: runs) is where runs lie. Exit code 0 done, 1 a mistake, 2 something is left or was not given."""
 
 

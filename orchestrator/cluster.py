@@ -75,7 +75,10 @@ class Gke:
     namespace: str
     image: str | None  # of the pods: it has what constraints.txt names
     service_account: str | None  # of the pods, in Kubernetes
+    claim: str | None  # a PersistentVolumeClaim for storage that all hosts share, with run.root
+    mount: str  # where the pods have it
     reservation: str | None  # its name, with cluster.capacity=reserved
+    host_network: bool  # the TPU hosts' pods are on their machines' network, metadata server and all
     cpus: int  # of a TPU host's pod
     memory_gib: int
     shared_memory_gib: int  # of that, where the snapshots lie
@@ -89,15 +92,30 @@ class Gke:
         require(self.poll_s > 0, f"cluster.gke.poll_s={self.poll_s}: must be above 0")
         ok = re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", self.namespace)
         require(bool(ok), f"cluster.gke.namespace={self.namespace}: must be a Kubernetes name, as in default")
+        require(self.mount.startswith("/"), f"cluster.gke.mount={self.mount}: must be a whole path, as in /shared")
         require(
-            self.image is not None,
-            "cluster.gke.image: missing; give the pods an image that has what constraints.txt names",
+            self.shared_memory_gib < self.memory_gib,
+            f"cluster.gke.shared_memory_gib={self.shared_memory_gib}: is of the pod's memory; must be below"
+            f" cluster.gke.memory_gib={self.memory_gib}",
         )
 
 
 def dashboard_of(address: str) -> str | None:
     """Where Ray puts the dashboard of a cluster, unless told otherwise."""
     return f"{address.rpartition(':')[0]}:{DASHBOARD_PORT}" if re.fullmatch(HOST_PORT, address) else None
+
+
+def check_complete(gke: Gke) -> None:
+    """What must be known to ask for pods; to list them or give them back it need not. Raises ConfigError."""
+    require(
+        gke.image is not None,
+        "cluster.gke.image: missing; give the pods an image that has what constraints.txt names",
+    )
+    require(
+        gke.claim is not None,
+        "cluster.gke.claim: missing; name a PersistentVolumeClaim that all pods can write (ReadWriteMany):"
+        f" they mount it at cluster.gke.mount={gke.mount}, and run.root lies in it",
+    )
 
 
 @dataclass(frozen=True)

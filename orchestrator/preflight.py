@@ -11,6 +11,7 @@ from rich.console import Console
 from gemma import analytic, corpus, flops, tokenizer, v5p
 from gemma.config import ConfigError, naming
 from orchestrator import ahead, metadata, plan, search, source
+from orchestrator.cluster import check_complete
 from orchestrator.config import Config
 
 ANSWER_TIMEOUT_S = 2.0
@@ -41,9 +42,16 @@ def check(config: Config) -> None:
         startup.script(config.cluster.gcp)
         head.check(config.cluster, config.cluster.gcp)
     if config.cluster.gke is not None:
-        from orchestrator.slices import gke
+        from orchestrator.slices import kube
 
-        gke.api(config.cluster.gke)
+        check_complete(config.cluster.gke)
+        claim, mount = config.cluster.gke.claim, config.cluster.gke.mount
+        if not Path(config.run.root).expanduser().absolute().is_relative_to(mount):
+            raise ConfigError(
+                f"run.root={config.run.root}: the hosts see cluster.gke.claim={claim} at cluster.gke.mount={mount};"
+                f" give run.root={mount.rstrip('/')}/..., with the same storage mounted there on this machine"
+            )
+        kube.check(config.cluster.gke)
     if config.cluster.kind == "local":
         check_size(config)
         with naming(f"run.cache={config.run.cache}"):

@@ -103,9 +103,13 @@ def occupy(site: Site, stop: Callable[[], bool], tell: Callable[[str], None]) ->
 
 
 def heed(site: Site, held: Mapping[str, Held]) -> None:
-    """Which hosts are about to be taken away. A warning may be taken back."""
+    """Which hosts are about to be taken away. A warning may be taken back, but not by silence: Ray takes a host for
+    alive for some seconds after it is gone.
+    """
+    now = {node: said for node, said in site.notices.items() if node not in held}
+    now |= {node: one.notice for node, one in held.items() if one.notice}
     site.notices.clear()  # in place: who waits for hosts looks at it
-    site.notices |= {node: one.notice for node, one in held.items() if one.notice}
+    site.notices |= now
 
 
 def quarantined(folder: Path) -> dict[str, Quarantined]:

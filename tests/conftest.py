@@ -9,6 +9,7 @@ import pytest
 from gemma import tokens
 from gemma.config import Checkpoint, Data, Eval, Guard, Mesh, Model, Optim, Profile, Program, Train
 from tests import existing_cluster as existing
+from tests.runs import RUN, finish, launch
 from tests.small_text import TEXTS, VOCAB, config, write_jsonl
 
 # Before anything imports jax. The hosts of a simulated slice set their own. Unoptimised code compiles twice as fast.
@@ -88,3 +89,11 @@ def existing_cluster() -> Iterator[str]:
     """The address of a Ray cluster that somebody else has started."""
     with existing.cluster() as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a local run with the settings RUN that nothing befell."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    finish(launch("train", f"run.root={folder.parent}", f"run.id={folder.name}", *RUN), 0)
+    return folder

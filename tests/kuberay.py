@@ -1,25 +1,26 @@
 """Kubernetes' API on loopback, as far as RayClusters and their pods go, with KubeRay behind it: spoken to by
 Kubernetes' own client. The pods are processes here.
 
-python -m tests.kuberay [provision_s=1] [free=SLICES] [quota=true] [denied=create|list|delete] [trouble=0.2]
-                        [preempt_s=S] [notice_s=5] [hosts=true]
+python -m tests.kuberay [provision_s=1] [free=SLICES] [quota=pods|objects] [denied=create|list|delete]
+                        [missing=image|operator] [trouble=0.2] [preempt_s=S] [notice_s=5] [hosts=true] [dashboard=false]
 
 Prints the overrides with which launch.train uses it, and what it has been asked for as it goes. Ends with Ctrl-C.
 
-free: there are nodes for so many slices, the pods of others wait. quota: there is none. denied: a verb is forbidden.
-trouble: this share of calls fails with 500s, half of them after they were obeyed. preempt_s: the first slice of the
-first RayCluster is taken away so long after it was there, notice_s after its hosts were told; KubeRay makes it anew.
+free: there are nodes for so many slices, the pods of others wait. quota: there is none for their pods, or for
+RayClusters. denied: a verb is forbidden. missing: their image, or the operator. trouble: this share of calls fails
+with 500s or is not answered, half of them after they were obeyed. preempt_s: the first slice of the first RayCluster is
+taken away so long after it was there, notice_s after its hosts were told; KubeRay makes it anew. dashboard: the Ray
+heads have one.
 """
 
 import json
-import random
 import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,126 +30,11 @@ from urllib.parse import parse_qs, urlsplit
 import yaml
 
 from orchestrator.slices import simulated
+from tests import kube as kubes
 from tests import pods
+from tests.kube import Kube, Made, Settings
 
-TICK_S, LOOK_S = 0.05, 0.5
-LACK = "0/9 nodes are available: 9 Insufficient google.com/tpu. preemption: 0/9 nodes are available"
-QUOTA = "rayclusters.ray.io is forbidden: exceeded quota: tpus, requested: google.com/tpu=8, limited: google.com/tpu=0"
-
-
-@dataclass(frozen=True)
-class Settings:
-    provision_s: float = 1.0
-    delete_s: float = 0.2
-    free: int | None = None
-    quota: bool = False
-    denied: str = ""
-    trouble: float = 0.0
-    preempt_s: float | None = None
-    notice_s: float = 5.0
-    hosts: bool = True
-
-
-@dataclass
-class Made:
-    """One RayCluster."""
-
-    body: dict[str, Any]
-    at: float
-    head: Any = None
-    slices: dict[int, pods.Slice] = field(default_factory=dict)
-    leaving: float | None = None  # since it was asked to go
-    ready_at: float | None = None
-    looked_at: float = 0.0
-
-
-@dataclass
-class Kube:
-    settings: Settings
-    place: pods.Place
-    kubeconfig: str = ""
-    made: dict[str, Made] = field(default_factory=dict)
-    calls: list[tuple[float, str]] = field(default_factory=list)
-    log: list[str] = field(default_factory=list)
-    preempted: bool = False
-    dice: random.Random = field(default_factory=lambda: random.Random(0))
-    lock: threading.RLock = field(default_factory=threading.RLock)
-    ended: threading.Event = field(default_factory=threading.Event)
-
-    def say(self, what: str) -> None:
-        self.log.append(f"{time.time():.3f} {what}")
-
-
-def tick(kube: Kube) -> None:
-    """What the operator, and the machines, do by themselves."""
-    used = 0
-    for name, one in list(kube.made.items()):
-        age_s = time.monotonic() - one.at
-        group = one.body["spec"]["workerGroupSpecs"][0]
-        if one.leaving is not None:
-            if time.monotonic() - one.leaving >= kube.settings.delete_s:
-                pods.end(kube.place, one.head, list(one.slices.values()))
-                del kube.made[name]
-                kube.say(f"{name} gone")
-            continue
-        if one.head is None:
-            one.head = pods.head(kube.place, name) if kube.settings.hosts else pods.NOTHING
-        if time.monotonic() - one.looked_at >= LOOK_S:
-            one.looked_at = time.monotonic()
-            pods.look_after(one.head, list(one.slices.values()))
-        for index in range(group["replicas"]):
-            used += 1
-            there = one.slices.get(index)
-            fits = kube.settings.free is None or used <= kube.settings.free
-            if there is None and fits and age_s >= kube.settings.provision_s and pods.is_up(one.head):
-                one.slices[index] = pods.begin(kube.place, name, group, index, one.head, kube.settings.hosts)
-                kube.say(f"{name} slice {index} has its nodes")
-            elif there is not None and there.taken_at is not None and time.monotonic() >= there.taken_at:
-                pods.end(kube.place, None, [there])
-                del one.slices[index]  # and made anew, all its hosts
-                one.at = time.monotonic()
-                kube.say(f"{name} slice {index} was taken away")
-        tell(kube, name, one, group)
-
-
-def tell(kube: Kube, name: str, one: Made, group: dict[str, Any]) -> None:
-    up = sum(group["numOfHosts"] for there in one.slices.values() if pods.is_up(there))
-    ready = up == group["replicas"] * group["numOfHosts"]
-    if ready and one.ready_at is None:
-        one.ready_at = time.monotonic()
-        kube.say(f"{name} ready")
-    one.body["status"] = {"readyWorkerReplicas": up, "desiredWorkerReplicas": group["replicas"] * group["numOfHosts"]}
-    if pods.is_up(one.head):
-        one.body["status"]["head"] = {"podIP": one.head.ip}
-    if one.ready_at is not None:
-        one.body["status"]["state"] = "ready"  # as KubeRay has it: it stays so while single pods are replaced
-        due = kube.settings.preempt_s is not None and time.monotonic() - one.ready_at >= kube.settings.preempt_s
-        if due and not kube.preempted:
-            preempt(kube, one)
-
-
-def preempt(kube: Kube, one: Made) -> None:
-    kube.preempted = True
-    pods.warn(one.slices[0], kube.settings.notice_s)
-    kube.say(f"{one.body['metadata']['name']} slice 0 is told that it will be taken away")
-
-
-def pending(kube: Kube) -> list[dict[str, Any]]:
-    """The pods that have no node."""
-    found = []
-    for name, one in kube.made.items():
-        group = one.body["spec"]["workerGroupSpecs"][0]
-        for index in range(group["replicas"]):
-            if index not in one.slices:
-                condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": LACK}
-                labels = group["template"]["metadata"]["labels"] | {"ray.io/cluster": name}
-                found.append(
-                    {
-                        "metadata": {"name": f"{name}-{index}", "labels": labels},
-                        "status": {"phase": "Pending", "conditions": [condition]},
-                    }
-                )
-    return found
+TICK_S = 0.02
 
 
 class Refused(Exception):  # noqa: N818
@@ -157,54 +43,73 @@ class Refused(Exception):  # noqa: N818
         self.answer = {"kind": "Status", "status": "Failure", "reason": reason, "message": message, "code": status}
 
 
-def obey(kube: Kube, method: str, path: str, query: dict[str, str], body: Any) -> Any:
-    parts = path.strip("/").split("/")
-    verb = {"GET": "list", "POST": "create", "DELETE": "delete"}[method]
-    if kube.settings.denied == verb:
-        raise Refused(403, "Forbidden", f'rayclusters.ray.io is forbidden: User "me" cannot {verb} resource')
-    if parts[-1] == "pods":
-        return {"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": pending(kube)}
-    at = parts.index("rayclusters")
+def obey(kube: Kube, method: str, parts: list[str], query: dict[str, str], body: Any) -> Any:
+    """parts: of the path, from the kind on."""
+    if parts[0] in ("pods", "events"):
+        return {"metadata": {}, "items": kubes.all_pods(kube) if parts[0] == "pods" else events(kube)}
+    if kube.settings.missing == "operator":
+        return None
     if method == "GET":
-        found = [one.body for one in kube.made.values() if query.get("labelSelector") in one.body["metadata"]["labels"]]
-        first, limit = int(query.get("continue") or 0), int(query.get("limit", 500))
+        found = [one.body for one in kube.made.values() if query["labelSelector"] in one.body["metadata"]["labels"]]
+        first, limit = int(query.get("continue") or 0), int(query["limit"])
         after = {"continue": str(first + limit)} if first + limit < len(found) else {}
         return {"kind": "RayClusterList", "metadata": after, "items": found[first : first + limit]}
     if method == "POST":
-        name = body["metadata"]["name"]
-        if kube.settings.quota:
-            raise Refused(403, "Forbidden", QUOTA)
-        if name in kube.made:
-            raise Refused(409, "AlreadyExists", f"{name} already exists")
-        body["metadata"]["creationTimestamp"] = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-        kube.made[name] = Made(body, time.monotonic())
-        kube.say(f"{name} asked for")
-        return body
-    name = parts[at + 1]
-    if name not in kube.made:
-        raise Refused(404, "NotFound", f"{name} not found")
-    one = kube.made[name]
+        return create(kube, body)
+    if parts[1] not in kube.made:
+        raise Refused(404, "NotFound", f'rayclusters.ray.io "{parts[1]}" not found')
+    one = kube.made[parts[1]]
     if one.leaving is None:
         one.leaving = time.monotonic()
         one.body["metadata"]["deletionTimestamp"] = one.body["metadata"]["creationTimestamp"]
-        kube.say(f"{name} is to go")
+        kube.say(f"{parts[1]} is to go")
     return one.body
 
 
+def create(kube: Kube, body: Any) -> Any:
+    name = body["metadata"]["name"]
+    if kube.settings.quota == "objects":
+        said = kubes.QUOTA.format("count/rayclusters.ray.io=1")
+        raise Refused(403, "Forbidden", f'rayclusters.ray.io "{name}" is forbidden: {said}')
+    if name in kube.made:
+        raise Refused(409, "AlreadyExists", f'rayclusters.ray.io "{name}" already exists')
+    body["metadata"]["creationTimestamp"] = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    kube.made[name] = Made(body, time.monotonic())
+    kube.say(f"{name} asked for")
+    return body
+
+
+def events(kube: Kube) -> list[dict[str, Any]]:
+    """Of the autoscaler."""
+    waiting = [pod["metadata"]["name"] for pod in kubes.all_pods(kube) if pod["status"]["phase"] == "Pending"]
+    lacking = kube.settings.free is not None
+    return [{"involvedObject": {"name": name}, "message": kubes.SCALE_UP} for name in waiting if lacking]
+
+
 def answer(kube: Kube, method: str, path: str, body: Any) -> tuple[int, Any]:
+    """A status of 0 is none: the connection ends."""
     split = urlsplit(path)
     query = {key: values[0] for key, values in parse_qs(split.query).items()}
-    trouble = 500, {"kind": "Status", "code": 500, "reason": "InternalError", "message": "by script"}
+    verb, parts = {"GET": "list", "POST": "create", "DELETE": "delete"}[method], split.path.strip("/").split("/")
+    namespace = parts.index("namespaces")
     with kube.lock:
-        kube.calls.append((time.time(), f"{method} {split.path}"))
-        bad = kube.dice.random() < kube.settings.trouble
-        if bad and kube.dice.random() < 0.5:
-            return trouble
+        kube.calls.append((time.time(), f"{verb} {parts[namespace + 2]}"))
+        kube.hook(verb, "before")
+        bad = kube.dice.choice([0, 500, 503]) if kube.dice.random() < kube.settings.trouble else None
+        failed = {"kind": "Status", "code": bad, "reason": "InternalError", "message": "by script"}
+        if bad is not None and kube.dice.random() < 0.5:
+            return bad, failed
         try:
-            found = obey(kube, method, split.path, query, body)
+            if kube.settings.denied == verb:
+                said = f'rayclusters.ray.io is forbidden: User "me" cannot {verb} resource "rayclusters"'
+                raise Refused(403, "Forbidden", f'{said} in the namespace "{parts[namespace + 1]}"')
+            found = obey(kube, method, parts[namespace + 2 :], query, body)
         except Refused as refused:
             return refused.answer["code"], refused.answer
-        return trouble if bad else (200, json.loads(json.dumps(found)))
+        kube.hook(verb, "after")
+        if bad is not None:
+            return bad, failed
+        return (404, "404 page not found") if found is None else (200, json.loads(json.dumps(found)))
 
 
 def handler(kube: Kube) -> type[BaseHTTPRequestHandler]:
@@ -215,7 +120,10 @@ def handler(kube: Kube) -> type[BaseHTTPRequestHandler]:
             size = int(self.headers.get("Content-Length") or 0)
             body = json.loads(self.rfile.read(size)) if size else None
             status, found = answer(kube, self.command, self.path, body)
-            data = json.dumps(found).encode()
+            if status == 0:
+                self.close_connection = True
+                return
+            data = found.encode() if isinstance(found, str) else json.dumps(found).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
@@ -230,12 +138,31 @@ def handler(kube: Kube) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+def failed(*_: Any) -> None:
+    if not isinstance(sys.exception(), ConnectionError):  # who asked may have been killed
+        traceback.print_exc()
+
+
+def go_on(kube: Kube) -> None:
+    while not kube.ended.wait(TICK_S):
+        with kube.lock:
+            kubes.tick(kube)
+
+
+def look_after(kube: Kube) -> None:
+    """Probes take their time, in which calls are answered."""
+    while not kube.ended.wait(TICK_S):
+        for pod in [pod for one in list(kube.made.values()) if one.leaving is None for pod in one.pods]:
+            pods.look_after(kube.place, pod, kube.lock)
+
+
 @contextmanager
 def serve(settings: Settings) -> Iterator[Kube]:
     folder = Path(tempfile.mkdtemp(prefix="gemma-", dir="/tmp"))
     reaper = simulated.start_reaper(folder)
-    kube = Kube(settings, pods.Place(folder, reaper))
+    kube = Kube(settings, pods.Place(folder, reaper, settings.dashboard))
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler(kube))
+    server.handle_error = failed  # type: ignore[method-assign]
     named = {"name": "emulated"}
     config = {
         "apiVersion": "v1",
@@ -247,20 +174,17 @@ def serve(settings: Settings) -> Iterator[Kube]:
     }
     kube.kubeconfig = str(folder / "kubeconfig")
     Path(kube.kubeconfig).write_text(yaml.safe_dump(config))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
 
-    def go_on() -> None:
-        while not kube.ended.wait(TICK_S):
-            with kube.lock:
-                tick(kube)
-
-    thread = threading.Thread(target=go_on, daemon=True)
-    thread.start()
+    threads = [threading.Thread(target=work, args=(kube,), daemon=True) for work in (go_on, look_after)]
+    for thread in threads:
+        thread.start()
     try:
         yield kube
     finally:
         kube.ended.set()
-        thread.join(10)
+        for thread in threads:
+            thread.join(10)
         server.shutdown()
         server.server_close()
         simulated.end(folder, reaper)
@@ -268,15 +192,17 @@ def serve(settings: Settings) -> Iterator[Kube]:
 
 def overrides(kube: Kube) -> list[str]:
     at = f"cluster.gke.kubeconfig={kube.kubeconfig}"
-    return ["cluster=gke", at, "cluster.gke.image=emulated", "cluster.gke.poll_s=0.2"]
+    given = ["image=emulated", "claim=emulated", "mount=/", "poll_s=0.2"]  # the pods are where the disk is
+    cache = f"run.cache={Path('~/.cache/gemma-orchestrator').expanduser()}"
+    return ["cluster=gke", at, *(f"cluster.gke.{one}" for one in given), cache]
 
 
 def main() -> None:
     found: dict[str, Any] = dict(argument.split("=", 1) for argument in sys.argv[1:])
     for key, value in found.items():
-        if key in ("hosts", "quota"):
+        if key in ("hosts", "dashboard"):
             found[key] = value == "true"
-        elif key != "denied":
+        elif key not in ("denied", "quota", "missing"):
             found[key] = int(value) if key == "free" else float(value)
     with serve(Settings(**found)) as kube:
         print(" ".join(overrides(kube)), flush=True)

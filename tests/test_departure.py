@@ -5,15 +5,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
 
-from orchestrator import metadata, rundir
-from orchestrator.keeper import NOTICE, Keeper
+from orchestrator import metadata, rundir, sites
+from orchestrator.keeper import NOTICE, Held, Keeper
 from tests import existing_cluster, metadata_server
 from tests.runs import SMALL, assert_same_run, finish, goodput, launch, wait_for_step
+from tests.test_config import config_of
 
 STEPS = 40
 
@@ -107,3 +109,11 @@ def test_a_host_about_to_go_is_left_for_another_slice(undisturbed: Path, root: P
     commits = [event["step"] for event in rundir.events(folder) if event["event"] == "commit"]
     assert found["step"] in commits
     assert_same_run(undisturbed, folder, STEPS)
+
+
+def test_a_warned_host_that_falls_silent_stays_warned() -> None:
+    """Ray takes it for alive for some seconds after it is gone: the run would be placed there again."""
+    site = sites.Site(config_of(), "space", notices={"silent": "going", "stays": "going"})
+    told = Held(("127.0.0.1", 1), {}, {}, 0, {}, 0, None)
+    sites.heed(site, {"stays": told, "goes": replace(told, notice="going")})
+    assert site.notices == {"silent": "going", "goes": "going"}

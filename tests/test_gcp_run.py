@@ -7,14 +7,10 @@ import pytest
 from orchestrator import rundir
 from tests import cloud_tpu
 from tests.cloud import Settings, preempt
-from tests.runs import assert_same_run, finish, launch, losses, orphaned_folders, wait_for_step
-
-STEPS = 60
-RUN = [f"train.steps={STEPS}", "checkpoint.every=20", "eval.every=0", "train.dtype=float32", "wandb.mode=disabled"]
+from tests.runs import RUN, STEPS, assert_same_run, finish, launch, losses, orphaned_folders, wait_for_step
 
 
-def test_a_preemption_in_the_middle_ends_bitwise_like_an_undisturbed_run(tmp_path: Path) -> None:
-    finish(launch("train", f"run.root={tmp_path}", "run.id=undisturbed", *RUN), 0)
+def test_a_preemption_in_the_middle_ends_bitwise_like_an_undisturbed_run(tmp_path: Path, undisturbed: Path) -> None:
     before = orphaned_folders()
     folder = tmp_path / "cloud"
     with cloud_tpu.serve(Settings(provision_s=1.0, notice_s=30.0)) as emulated:
@@ -29,7 +25,7 @@ def test_a_preemption_in_the_middle_ends_bitwise_like_an_undisturbed_run(tmp_pat
         assert len(emulated.active_at) == 2
     failures = [(e["outcome"], e["evidence"]) for e in rundir.events(folder) if e["event"] == "failure"]
     assert [outcome for outcome, _ in failures] == ["preempted"], failures
-    assert_same_run(tmp_path / "undisturbed", folder, STEPS)
+    assert_same_run(undisturbed, folder, STEPS)
     assert orphaned_folders() <= before
 
 

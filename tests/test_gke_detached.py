@@ -2,13 +2,9 @@
 
 from pathlib import Path
 
-import pytest
-
 from orchestrator import source
-from tests import kuberay
+from tests import kube, kuberay
 from tests.test_detached import DEADLINE_S, RUN, launch, newest
-
-kube = pytest.importorskip("tests.kube")  # of the emulator with dashboards
 
 
 def test_a_run_is_driven_from_the_head_of_a_kept_raycluster_and_leaves_it(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def told(found: list[Ask | GiveBack]) -> list[str]:
             [there("x", State.READY, slice="v5p-8")],
             {},
             {},
-            ["back x: is a v5p-8 of 2x2x2, wanted is v5p-16 of 2x2x2"],
+            ["back x: is 1 x v5p-8 of 2x2x2, wanted is 1 x v5p-16 of 2x2x2"],
         ),
         (1, [there("x", State.READY, owner="other"), there("y", State.LOST, owner="other")], {}, {}, ["ask a"]),
         (2, [there("x", State.READY, zone="b")], {}, {}, ["ask b"]),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.job_config import JobConfig
 
 from gemma.config import ConfigError
 from orchestrator.config import Config
@@ -30,7 +31,9 @@ def code() -> dict[str, Any]:
 
 
 @contextmanager
-def connected(address: str, runtime_env: dict[str, Any] | None = None, ip: str | None = None) -> Iterator[None]:
+def connected(
+    address: str, runtime_env: dict[str, Any] | None = None, ip: str | None = None, job: JobConfig | None = None
+) -> Iterator[None]:
     """To a Ray cluster, from its node of this IP; None is this machine's outward one. Raises ConfigError."""
     try:
         with handlers_kept():
@@ -38,6 +41,7 @@ def connected(address: str, runtime_env: dict[str, Any] | None = None, ip: str |
                 address=address,
                 _node_ip_address=ip,
                 runtime_env=runtime_env,
+                job_config=job,  # type: ignore[arg-type]
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )

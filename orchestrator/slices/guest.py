@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from gemma.config import ConfigError
-from orchestrator.slices import simulated
+from orchestrator.slices import join, simulated
 from orchestrator.slices.raylet import Host, Joining, raylet_command
 
 JOIN_TIMEOUT_S = 60.0
@@ -17,7 +17,7 @@ JOIN_TIMEOUT_S = 60.0
 
 @contextmanager
 def joined(address: str) -> Iterator[str]:
-    """The IP under which the other nodes know this one. Raises ConfigError where the head cannot be reached."""
+    """The IP under which the other nodes know this one."""
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     ip = own_ip(address)
@@ -49,15 +49,20 @@ def _wait(deadline: float, what: str) -> None:
     time.sleep(0.05)
 
 
+def job(folder: Path) -> Any:
+    """Of Ray: its processes run the code of this one, from a folder that all hosts see. It needs none of Ray's agents,
+    so that processes which stand by can be used.
+    """
+    from ray.job_config import JobConfig
+
+    made = JobConfig(_py_driver_sys_path=[str(join.laid_out(folder.absolute()))])
+    made._get_proto_job_config()  # fixed by this: Ray would have the directory come first that this process is in
+    return made
+
+
 def own_ip(address: str) -> str:
-    """Under which a head reaches this machine. Raises ConfigError where nothing answers."""
+    """Under which a head reaches this machine. Raises OSError where it does not answer."""
     host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), timeout=5.0) as probe:
-            ip = str(probe.getsockname()[0])
-    except OSError as error:
-        raise ConfigError(
-            f"cluster=gke: the Ray head at {address} cannot be reached from here ({error}); run it in the network of"
-            " the GKE cluster"
-        ) from error
+    with socket.create_connection((host, int(port)), timeout=5.0) as probe:
+        ip = str(probe.getsockname()[0])
     return "127.0.1.2" if ip.startswith("127.") else ip  # Ray replaces 127.0.0.1 by the outward one

@@ -1,5 +1,6 @@
 """A TPU host's part in the Ray cluster: run by its start-up script, with the code that the head gave it."""
 
+import hashlib
 import io
 import os
 import secrets
@@ -14,13 +15,35 @@ KEY, SPACE = b"code", b"gemma-orchestrator"  # where the head's key-value store 
 FORGET_S = 10  # after so long without its head a node ends, and its host joins anew
 
 
+TOP = Path(__file__).parents[2]
+
+
+def files() -> list[str]:
+    """The code of this process, below TOP."""
+    return sorted(file.relative_to(TOP).as_posix() for name in CODE for file in (TOP / name).rglob("*.py"))
+
+
 def packed() -> bytes:
     """The code of this process, as a tar."""
-    top, out = Path(__file__).parents[2], io.BytesIO()
+    out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz") as tar:
-        for file in sorted(file for name in CODE for file in (top / name).rglob("*.py")):
-            tar.add(file, file.relative_to(top).as_posix())
+        for name in files():
+            tar.add(TOP / name, name)
     return out.getvalue()
+
+
+def laid_out(folder: Path) -> Path:
+    """The same as files below a folder: a copy, as what lies here may change. Its path; the same code has the same."""
+    content = {name: (TOP / name).read_bytes() for name in files()}
+    told = hashlib.sha256(b"".join(name.encode() + code for name, code in content.items()))
+    at = folder / told.hexdigest()[:12]
+    if not at.exists():
+        partial = folder / f".{at.name}.partial-{os.getpid()}"
+        for name, code in content.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).write_bytes(code)
+        partial.rename(at)
+    return at
 
 
 def main(client: Any, head: str, folder: str, ip: str) -> None:

@@ -1,27 +1,51 @@
 """The RayCluster that a run asks KubeRay for: a head, and one worker group of TPU slices. Pure.
 
-Source: docs.ray.io/en/latest/cluster/kubernetes (RayCluster, numOfHosts) and
-cloud.google.com/kubernetes-engine/docs/concepts/tpus (selectors, google.com/tpu).
+Sources: KubeRay's API (ray.io/v1, numOfHosts, status), its web hook for TPUs (TPU_WORKER_ID, TPU_NAME, one node pool a
+slice), and cloud.google.com/kubernetes-engine/docs/concepts/tpus (selectors, google.com/tpu).
 """
 
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from orchestrator.cluster import Cluster, Gke
+from orchestrator.cluster import Cluster, Gke, check_complete
 from orchestrator.slices.wanted import Request, State, owner_label
 from orchestrator.topology import CHIPS_PER_HOST, slice_type
 
 OURS = "gemma-orchestrator"  # a label of all that this software has asked for
 OWNER, SLICE, TOPOLOGY, CAPACITY = "gemma-owner", "gemma-slice", "gemma-topology", "gemma-capacity"
 SPOT = "cloud.google.com/gke-spot"
+OBJECT_STORE_BYTES = 1 << 30  # what is large goes by other ways; Ray would take a third of the memory
+HEAD_ENV = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # A host that is gone is to be noticed within seconds.
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "500",
+}
+HEAD_START = {"num-cpus": "0", "dashboard-host": "0.0.0.0"}
+WORKER_START = {
+    "num-cpus": "1",  # a process stands by for each, and a host runs one
+    "metrics-export-port": "8090",  # KubeRay's 8080 is where slices speak to one another
+}
 
 
 def raycluster(cluster: Cluster, gke: Gke, owner: str, name: str) -> dict[str, Any]:
-    """All slices of a run as one object: KubeRay makes them, and makes a lost one anew as a whole."""
+    """All slices of a run as one object: KubeRay makes them, and makes a lost one anew as a whole. Raises ConfigError
+    where something is missing.
+    """
+    check_complete(gke)
     kind = slice_type(cluster.slice, cluster.topology)
     labels = {OURS: "1", OWNER: owner_label(owner)}
     told = {OWNER: owner, SLICE: kind.name, TOPOLOGY: kind.topology, CAPACITY: cluster.capacity}
+    workers = {
+        "groupName": kind.name,
+        "replicas": cluster.num_slices,
+        "minReplicas": cluster.num_slices,
+        "maxReplicas": cluster.num_slices,
+        "numOfHosts": kind.hosts,
+        "rayStartParams": WORKER_START | {"object-store-memory": str(OBJECT_STORE_BYTES)},
+        "template": {"metadata": {"labels": labels}, "spec": worker(cluster.capacity, gke, kind.topology)},
+    }
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayCluster",
@@ -29,34 +53,25 @@ def raycluster(cluster: Cluster, gke: Gke, owner: str, name: str) -> dict[str, A
         "spec": {
             "rayVersion": version("ray"),
             "headGroupSpec": {
-                "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},
+                "rayStartParams": HEAD_START | {"object-store-memory": str(OBJECT_STORE_BYTES)},
                 "template": {"metadata": {"labels": labels}, "spec": head(gke)},
             },
-            "workerGroupSpecs": [
-                {
-                    "groupName": kind.name,
-                    "replicas": cluster.num_slices,
-                    "minReplicas": cluster.num_slices,
-                    "maxReplicas": cluster.num_slices,
-                    "numOfHosts": kind.hosts,
-                    "rayStartParams": {},
-                    "template": {
-                        "metadata": {"labels": labels},
-                        "spec": worker(cluster.capacity, gke, kind.topology),
-                    },
-                }
-            ],
+            "workerGroupSpecs": [workers],
         },
     }
 
 
 def head(gke: Gke) -> dict[str, Any]:
-    """The pod of the Ray head: not on a machine that may be taken away."""
-    kept = {"matchExpressions": [{"key": SPOT, "operator": "DoesNotExist"}]}
-    affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [kept]}}}
-    resources = {"cpu": str(gke.head_cpus), "memory": f"{gke.head_memory_gib}Gi"}
-    return pod(gke, {"name": "ray-head", "resources": {"limits": resources, "requests": resources}}) | {
-        "affinity": affinity
+    """The pod of the Ray head: not on a machine that may be taken away, nor on a TPU host."""
+    others = [{"key": key, "operator": "DoesNotExist"} for key in (SPOT, "cloud.google.com/gke-tpu-accelerator")]
+    terms = {"nodeSelectorTerms": [{"matchExpressions": others}]}
+    container = {
+        "name": "ray-head",
+        "env": [{"name": key, "value": value} for key, value in HEAD_ENV.items()],
+        "resources": alike({"cpu": str(gke.head_cpus), "memory": f"{gke.head_memory_gib}Gi"}),
+    }
+    return pod(gke, container, []) | {
+        "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}}
     }
 
 
@@ -72,31 +87,42 @@ def worker(capacity: str, gke: Gke, topology: str) -> dict[str, Any]:
         selector["cloud.google.com/reservation-name"] = str(gke.reservation)
     resources = {"cpu": str(gke.cpus), "memory": f"{gke.memory_gib}Gi", "google.com/tpu": str(CHIPS_PER_HOST)}
     memory = {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": f"{gke.shared_memory_gib}Gi"}}
-    container = {
-        "name": "ray-worker",
-        "resources": {"limits": resources, "requests": resources},
-        "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],
-    }
-    found = pod(gke, container) | {"nodeSelector": selector, "volumes": [memory]}
+    found = pod(gke, {"name": "ray-worker", "resources": alike(resources)}, [(memory, "/dev/shm")])
+    found["nodeSelector"] = selector
+    if gke.host_network:
+        found |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
     if capacity == "spot":
         found["tolerations"] = [{"key": SPOT, "operator": "Equal", "value": "true", "effect": "NoSchedule"}]
     return found
 
 
-def pod(gke: Gke, container: dict[str, Any]) -> dict[str, Any]:
+def pod(gke: Gke, container: dict[str, Any], volumes: list[tuple[dict[str, Any], str]]) -> dict[str, Any]:
+    """volumes: each with its place in the container."""
+    claim = {"name": "shared", "persistentVolumeClaim": {"claimName": gke.claim}}
+    everything = [*volumes, (claim, gke.mount)]
+    mounts = [{"name": volume["name"], "mountPath": path} for volume, path in everything]
     account = {"serviceAccountName": gke.service_account} if gke.service_account else {}
-    return account | {"containers": [{"image": gke.image} | container]}
+    return account | {
+        "containers": [{"image": gke.image} | container | {"volumeMounts": mounts}],
+        "volumes": [volume for volume, _ in everything],
+    }
 
 
-def told(found: Mapping[str, Any], why: str, since: float) -> Request:
-    """What such an object says of itself. why: its pods wait."""
-    metadata, spec, status = found["metadata"], found["spec"], found.get("status") or {}
-    group = spec["workerGroupSpecs"][0]
+def alike(resources: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Asked for is what may be used: such pods are the last to be evicted."""
+    return {"limits": resources, "requests": resources}
+
+
+def told(found: Mapping[str, Any], why: str, since: float, hopeless: bool = False) -> Request:
+    """What such an object says of itself. why: its pods wait, and whether they will for ever."""
+    metadata, status = found["metadata"], found.get("status") or {}
+    group = found["spec"]["workerGroupSpecs"][0]
     given = metadata.get("annotations") or {}
     there = status.get("readyWorkerReplicas", 0) >= group["replicas"] * group.get("numOfHosts", 1)
     state = State.READY if there and status.get("state") == "ready" else State.WAITING
     if metadata.get("deletionTimestamp"):
         state = State.GOING
+    failure = condition(status, "ReplicaFailure")  # the operator is not allowed to make its pods
     return Request(
         name=metadata["name"],
         zone=metadata["namespace"],
@@ -105,7 +131,31 @@ def told(found: Mapping[str, Any], why: str, since: float) -> Request:
         slice=given.get(SLICE, ""),
         topology=given.get(TOPOLOGY, ""),
         since=since,
-        why=why if state is State.WAITING else "",
+        why=(failure or why) if state is State.WAITING else "",
         capacity=given.get(CAPACITY, ""),
         slices=group["replicas"],
+        hopeless=state is State.WAITING and (hopeless or "exceeded quota" in failure),
     )
+
+
+def condition(status: Mapping[str, Any], kind: str) -> str:
+    """Its message where it holds, else nothing."""
+    found = [one for one in status.get("conditions") or () if one["type"] == kind and one["status"] == "True"]
+    return " ".join((found[0].get("message") or kind).split()) if found else ""
+
+
+def waits(pod: Mapping[str, Any]) -> tuple[str, bool]:
+    """Why a pod that is not running is not, as Kubernetes tells it, and whether that will last; nothing where nothing
+    is amiss.
+    """
+    status = pod.get("status") or {}
+    for one in [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())]:
+        reason = ((one.get("state") or {}).get("waiting") or {}).get("reason", "")
+        if reason.startswith(("ErrImage", "ImagePull", "InvalidImage", "CreateContainer", "CrashLoop")):
+            said = one["state"]["waiting"].get("message") or ""
+            lasts = reason == "InvalidImageName" or reason.endswith("PullBackOff") and "not found" in said.lower()
+            return f"{reason} {one.get('image', '')}: {said}".rstrip(": "), lasts
+    for one in status.get("conditions") or ():
+        if one["type"] == "PodScheduled" and one["status"] == "False" and one.get("message"):
+            return str(one["message"]), False
+    return "", False

@@ -72,6 +72,9 @@ def step(upkeep: Upkeep) -> None:
     now = time.time()
     there = upkeep.provider.look()
     note(upkeep, there, now)
+    for r in there:
+        if r.owner == upkeep.wanted.owner and r.hopeless:
+            raise NoSlicesError(f"{r.name}: {r.why}")
     for action in reconcile(upkeep.wanted, there, upkeep.turned_down, upkeep.bad, now):
         if upkeep.ended.is_set():
             return

@@ -39,6 +39,7 @@ class Request:
     why: str = ""  # it is lost, or waits
     capacity: str = "on-demand"
     slices: int = 1
+    hopeless: bool = False  # it waits for what will not come, why says
 
 
 @dataclass(frozen=True)
