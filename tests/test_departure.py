@@ -14,10 +14,8 @@ import ray
 from orchestrator import metadata, rundir, sites
 from orchestrator.keeper import NOTICE, Held, Keeper
 from tests import existing_cluster, metadata_server
-from tests.runs import SMALL, assert_same_run, finish, goodput, launch, wait_for_step
+from tests.runs import RUN, STEPS, assert_same_run, finish, goodput, launch, wait_for_step
 from tests.test_config import config_of
-
-STEPS = 40
 
 
 @pytest.mark.parametrize(
@@ -64,17 +62,6 @@ def test_a_keeper_tells_the_process_at_work_and_takes_it_back() -> None:
         wait(lambda: keeper.inventory().notice is None)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(root: Path) -> Path:
-    finish(launch("train", f"run.root={root}", "run.id=undisturbed", *SMALL, "train.dtype=float32"), 0)
-    return root / "undisturbed"
-
-
 def drain(address: str) -> None:
     """Tells Ray that host 1 of slice s0 will be gone in a minute."""
     ray.init(address, log_to_driver=False)
@@ -90,11 +77,11 @@ def drain(address: str) -> None:
 
 
 @pytest.mark.parametrize("by", ["drained", "metadata server"])
-def test_a_host_about_to_go_is_left_for_another_slice(undisturbed: Path, root: Path, by: str) -> None:
-    folder = root / by.replace(" ", "-")
+def test_a_host_about_to_go_is_left_for_another_slice(undisturbed: Path, tmp_path: Path, by: str) -> None:
+    folder = tmp_path / by.replace(" ", "-")
     with metadata_server.serve() as machine, existing_cluster.cluster("2", machine.host) as address:
         process = launch(
-            *("train", f"run.root={root}", f"run.id={folder.name}", *SMALL, "train.dtype=float32"),
+            *("train", f"run.root={tmp_path}", f"run.id={folder.name}", *RUN),
             *("cluster=ray", f"cluster.address={address}", "retry.budget=0"),
         )
         wait_for_step(process, folder, 5)

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator import rundir
-from tests.runs import SMALL, assert_same_run, finish, launch, wait_for_step
+from tests.runs import RUN, STEPS, assert_same_run, finish, launch, wait_for_step
 
-STEPS = 40
 V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 LIMITS = {V1 / "memory.limit_in_bytes": "memory.limit_in_bytes", V2 / "cgroup.controllers": "memory.max"}
 REMOVE_S = 20.0
@@ -42,11 +41,10 @@ def starved() -> Iterator[Path]:
             time.sleep(0.05)
 
 
-def test_it_is_told_as_that_and_the_run_goes_on_from_memory(tmp_path: Path) -> None:
-    finish(launch("train", f"run.root={tmp_path}", "run.id=undisturbed", *SMALL), 0)
+def test_it_is_told_as_that_and_the_run_goes_on_from_memory(tmp_path: Path, undisturbed: Path) -> None:
     folder = tmp_path / "starved"
     with starved() as group:
-        process = launch("train", f"run.root={tmp_path}", f"run.id={folder.name}", *SMALL)
+        process = launch("train", f"run.root={tmp_path}", f"run.id={folder.name}", *RUN)
         wait_for_step(process, folder, 10)
         pids = next(event["pids"] for event in rundir.events(folder) if event["event"] == "start")
         (group / "cgroup.procs").write_text(str(pids[1]))
@@ -56,4 +54,4 @@ def test_it_is_told_as_that_and_the_run_goes_on_from_memory(tmp_path: Path) -> N
     assert "killed for memory" in failure["evidence"]
     (restore,) = [event for event in rundir.events(folder) if event["event"] == "restore"]
     assert restore["source"] == "memory"
-    assert_same_run(tmp_path / "undisturbed", folder, STEPS)
+    assert_same_run(undisturbed, folder, STEPS)

@@ -12,10 +12,7 @@ from orchestrator.slices.rehearsed import Cloud
 from orchestrator.slices.upkeep import RefusedError
 from orchestrator.slices.wanted import Ask, State
 from orchestrator.topology import slice_type
-from tests.runs import assert_same_run, finish, launch, orphaned_folders
-
-STEPS = 40
-RUN = [f"train.steps={STEPS}", "checkpoint.every=20", "eval.every=0", "wandb.mode=disabled"]
+from tests.runs import RUN, STEPS, assert_same_run, finish, launch, orphaned_folders
 
 BEGAN = 1000.0
 
@@ -100,8 +97,7 @@ def test_hosts_of_two_slices_never_share_a_place(clock: list[float], done: list[
     assert {request.name for request in rehearsed.look(made)} == {"b", "c"}
 
 
-def test_a_run_lives_through_stock_out_provisioning_and_preemption(tmp_path: Path) -> None:
-    finish(launch("train", f"run.root={tmp_path}", "run.id=undisturbed", *RUN), 0)
+def test_a_run_lives_through_stock_out_provisioning_and_preemption(tmp_path: Path, undisturbed: Path) -> None:
     before, folder = orphaned_folders(), tmp_path / "rehearsed"
     trouble = ["stock_out_s=1", "provision_s=1", "preempt_s=4", "notice_s=2"]
     where = [f"run.root={tmp_path}", f"run.id={folder.name}", *(f"cluster.local.{one}" for one in trouble)]
@@ -110,7 +106,7 @@ def test_a_run_lives_through_stock_out_provisioning_and_preemption(tmp_path: Pat
     assert any(event["news"].startswith("stock-out: no v5p-16") for event in events if event["event"] == "provider")
     failures = [event["outcome"] for event in events if event["event"] == "failure"]
     assert failures == ["preempted"]
-    assert_same_run(tmp_path / "undisturbed", folder, STEPS)
+    assert_same_run(undisturbed, folder, STEPS)
     assert orphaned_folders() <= before
 
 
