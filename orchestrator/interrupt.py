@@ -62,3 +62,20 @@ def handlers_kept() -> Iterator[None]:
         for number, handler in ours.items():
             signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Around what must not be cut short. Not by a mask of this thread: another one would be given the signal."""
+    heard: list[int] = []
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: heard.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if heard:
+        signal.raise_signal(heard[0])

@@ -65,15 +65,20 @@ def free_slices(slices: Sequence[list[Spot]], available: Mapping[str, Mapping[st
     ]
 
 
-def look(config: Config, avoid: Collection[str]) -> tuple[int, list[list[Spot]]]:
-    """How many whole slices there are, and those of them that are free now."""
+def look(config: Config, avoid: Collection[str], owns: Callable[[str], bool]) -> tuple[int, list[list[Spot]]]:
+    """How many whole slices there are that are the run's to use, and those of them that are free now."""
     leaving = {*avoid, *draining()}
-    whole = whole_slices(ray.nodes(), config.cluster.slice, config.slice.hosts, leaving)
+    there = whole_slices(ray.nodes(), config.cluster.slice, config.slice.hosts, leaving)
+    whole = [spots for spots in there if owns(spots[0].slice_name)]
     return len(whole), free_slices(whole, available_resources_per_node())
 
 
 def reserve(
-    config: Config, enough: Callable[[float], Collection[int]], avoid: Collection[str], wait: Callable[[], None]
+    config: Config,
+    enough: Callable[[float], Collection[int]],
+    avoid: Collection[str],
+    wait: Callable[[], None],
+    owns: Callable[[str], bool] = lambda name: True,
 ) -> Placement:
     """Waits for whole, free slices and takes them. Raises TimeoutError saying what lacked.
 
@@ -82,7 +87,7 @@ def reserve(
     """
     started = time.monotonic()
     while True:
-        whole, free = look(config, avoid)
+        whole, free = look(config, avoid, owns)
         waited_s = time.monotonic() - started
         fitting = [count for count in enough(waited_s) if count <= len(free)]
         if fitting and (group := placed(free[: max(fitting)])):

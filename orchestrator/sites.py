@@ -4,7 +4,7 @@ import signal
 import time
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from orchestrator.memory import Attaching
 from orchestrator.outcome import Evidence
 from orchestrator.placement import Placement, Spot
 from orchestrator.slices.given import Given
+from orchestrator.slices.upkeep import NoSlicesError
 
 BACK = "a lost slice is back"
 SAY_EVERY_S = 60.0
@@ -95,7 +96,7 @@ def occupy(site: Site, stop: Callable[[], bool], tell: Callable[[str], None]) ->
 
         enough = partial(counts, config, site.occupied)
         try:
-            site.placement = placement.reserve(config, enough, site.avoid, wait)
+            site.placement = placement.reserve(config, enough, site.avoid, wait, site.given.owns)
         except TimeoutError as late:
             raise TimeoutError(f"{late}{bad}") from late
         site.occupied = True
@@ -150,8 +151,9 @@ def reason_to_leave(site: Site) -> Evidence | None:
         if spot.node_id in going:
             return Evidence(rank, notice=f"host {spot.ip} is being drained", time=time.time())
     if site.placement.slices < wanted:
-        site.given.repair()
-        _, free = placement.look(site.config, site.avoid)
+        with suppress(NoSlicesError):  # the run has enough to go on with; said again where it has to wait
+            site.given.repair()
+        _, free = placement.look(site.config, site.avoid, site.given.owns)
         if len(free) + site.placement.slices >= wanted:
             return Evidence(0, notice=BACK, time=time.time())
     return None
@@ -202,7 +204,8 @@ def opened(config: Config, folder: Path, given: Given) -> Iterator[Site]:
     controller which resumes the run will want.
     """
     site = Site(config, memory.namespace(folder.name, rundir.read_manifest(folder).created), given)
-    site.keepers, site.quarantined = memory.find(site.space), quarantined(folder)
+    site.keepers = memory.find(site.space)
+    site.quarantined = quarantined(folder) if config.fitness.check else {}  # false lifts it
     try:
         yield site
     finally:

@@ -32,6 +32,7 @@ def told(found: list[Ask | GiveBack]) -> list[str]:
         (1, [there("x", State.LOST, why="preempted")], {}, {}, ["back x: preempted"]),
         (1, [there("x", State.WAITING, since=NOW - 200)], {}, {}, ["back x: no capacity in a within 200 s"]),
         (1, [there("x", State.WAITING, since=NOW - 200)], {"b": NOW + 1, "c": NOW + 1}, {}, []),
+        (1, [there("x", State.WAITING, since=NOW - 200, found=True)], {}, {}, []),  # it is being made
         (1, [there("x", State.READY, since=NOW - 200)], {}, {}, []),
         (1, [there("x", State.READY)], {}, {"x": "a bad chip"}, ["back x: a bad chip"]),
         (
@@ -43,7 +44,7 @@ def told(found: list[Ask | GiveBack]) -> list[str]:
         ),
         (1, [there("x", State.READY, owner="other"), there("y", State.LOST, owner="other")], {}, {}, ["ask a"]),
         (2, [there("x", State.READY, zone="b")], {}, {}, ["ask b"]),
-        (2, [there("x", State.READY, zone="b")], {"b": NOW + 1}, {}, ["ask a"]),
+        (2, [there("x", State.READY, zone="b")], {"b": NOW + 1}, {}, []),  # its slices lie in one zone
         (3, [there("x", State.READY), there("y", State.GOING)], {}, {}, ["ask a"]),
         (1, [there("x", State.READY), there("y", State.WAITING)], {}, {}, ["back y: is not wanted"]),
         (

@@ -6,12 +6,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from google.protobuf import json_format
 
 from orchestrator.cluster import Cluster
 from orchestrator.config import Config
-from orchestrator.slices import existing, gcp, head, startup
+from orchestrator.slices import existing, gcp, guest, head, startup
 from orchestrator.slices.given import Given
 from orchestrator.slices.upkeep import Provider, Upkeep, kept
 from orchestrator.slices.wanted import Ask, Request, Wanted, request_name
@@ -47,7 +48,8 @@ def upkeep(config: Config, owner: str, joined: Callable[[], set[str]] | None = N
 def wanted(cluster: Cluster, owner: str) -> Wanted:
     assert cluster.gcp is not None
     kind = slice_type(cluster.slice, cluster.topology)
-    return Wanted(owner, kind.name, kind.topology, cluster.num_slices, cluster.gcp.zones, cluster.gcp.patience_s)
+    named, zones, patience_s = cluster.name is not None, cluster.gcp.zones, cluster.gcp.patience_s
+    return Wanted(owner, kind.name, kind.topology, cluster.num_slices, zones, patience_s, named=named)
 
 
 def rendered(config: Config, owner: str) -> str:
@@ -68,12 +70,13 @@ def connect(config: Config, tell: Callable[[str, str], None], _: object) -> Iter
     assert cluster.gcp is not None
     assert config.run.id is not None
     owner = cluster.name or config.run.id
+    code = Path(config.run.root).expanduser() / config.run.id / "code"
     head.check(cluster, cluster.gcp)
     keeping, keep = upkeep(config, owner, partial(existing.joined, config)), cluster.keep or cluster.name is not None
     with (
         kept(keeping, keep, tell) as given,  # asked first: the head comes up meanwhile
         head.opened(cluster, cluster.gcp) as address,
-        existing.connected(address),
+        existing.connected(address, job=guest.job(code)),  # kept hosts may have joined with other code
     ):
         head.give_code(address)
         yield given

@@ -136,6 +136,7 @@ def told(resource: tpu.QueuedResource) -> Request:
         topology=node.metadata.get("gemma-topology", ""),
         since=resource.create_time.timestamp() if resource.create_time else time.time(),
         why=why,
+        found=resource.state.state is States.PROVISIONING,
         capacity="spot" if "spot" in resource else "reserved" if resource.reservation_name else "on-demand",
     )
 
@@ -192,7 +193,7 @@ def ask(api: Api, request: tpu.CreateQueuedResourceRequest) -> None:
             if operation.done(retry=None):
                 operation.result(timeout=CALL_TIMEOUT_S)
                 return
-        except exceptions.GoogleAPICallError as error:
+        except (exceptions.GoogleAPICallError, exceptions.RetryError) as error:
             raise refusal(error) from error
         time.sleep(0.5)
 

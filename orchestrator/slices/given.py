@@ -13,6 +13,7 @@ class Given:
     repair: Callable[[], None]  # replaces lost hosts: called again and again; NoSlicesError once there will be none
     discard: Callable[["Spot", str], None]  # asks for another host instead of a bad one, and says why; may be repeated
     news: Callable[[], None]  # has what has happened told: called again and again
+    owns: Callable[[str], bool] = lambda name: True  # whether a slice of the Ray cluster is the run's to use, by name
 
 
 def avoided(spot: "Spot", why: str) -> None:

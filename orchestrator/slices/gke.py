@@ -53,7 +53,8 @@ def upkeep(config: Config, owner: str) -> Upkeep:
 
 def wanted(cluster: Cluster, gke: Gke, owner: str) -> Wanted:
     kind = slice_type(cluster.slice, cluster.topology)
-    return Wanted(owner, kind.name, kind.topology, 1, (gke.namespace,), FOREVER_S, cluster.num_slices)
+    named = cluster.name is not None
+    return Wanted(owner, kind.name, kind.topology, 1, (gke.namespace,), FOREVER_S, cluster.num_slices, named)
 
 
 def rendered(config: Config, owner: str) -> str:
@@ -72,7 +73,7 @@ def connect(config: Config, tell: Callable[[str, str], None], asked: Callable[[]
         at = wait_for_head(config, owner, given.repair, asked, tell)
         code = guest.job(Path(config.run.root).expanduser() / config.run.id / "code")
         with guest.joined(at) as ip, existing.connected(at, ip=ip, job=code):
-            yield replace(given, discard=avoided)
+            yield replace(given, discard=avoided, owns=lambda name: True)  # all of this Ray cluster is
 
 
 def wait_for_head(

@@ -10,8 +10,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from gemma.config import ConfigError
+from orchestrator.interrupt import signals_wait
 from orchestrator.slices.given import Given
-from orchestrator.slices.wanted import Ask, GiveBack, Request, State, Wanted, reconcile
+from orchestrator.slices.wanted import Ask, GiveBack, Request, State, Wanted, reconcile, unlike
 
 if TYPE_CHECKING:
     from orchestrator.placement import Spot
@@ -63,6 +64,8 @@ class Upkeep:
     reasons: dict[str, str] = field(default_factory=dict)  # why they are in that state
     news: deque[tuple[str, str]] = field(default_factory=deque)  # slice or zone, what happened
     asked: bool = False  # something may be there
+    unseen: set[str] = field(default_factory=set)  # asked for, and not shown by a look yet
+    had: bool = False  # all that is wanted was there once: no refusal is final any more
     failed: Exception | None = None
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -71,9 +74,11 @@ def step(upkeep: Upkeep) -> None:
     """One look, and what follows from it. Raises RefusedError in trouble, ConfigError or NoSlicesError for good."""
     now = time.time()
     there = upkeep.provider.look()
+    if not upkeep.had and (said := unlike(upkeep.wanted, there)):
+        raise ConfigError(said)
     note(upkeep, there, now)
     for r in there:
-        if r.owner == upkeep.wanted.owner and r.hopeless:
+        if r.owner == upkeep.wanted.owner and r.hopeless and not upkeep.had:
             raise NoSlicesError(f"{r.name}: {r.why}")
     for action in reconcile(upkeep.wanted, there, upkeep.turned_down, upkeep.bad, now):
         if upkeep.ended.is_set():
@@ -89,22 +94,32 @@ def step(upkeep: Upkeep) -> None:
 
 def ask(upkeep: Upkeep, action: Ask, now: float) -> None:
     upkeep.asked = True
+    upkeep.unseen.add(action.name)
     try:
         upkeep.provider.ask(action)
         upkeep.news.append((action.name, f"asked for in {action.zone}"))
     except RefusedError as refused:
         if refused.kind == "trouble":
             raise  # the next look shows whether it came about all the same
+        upkeep.unseen.discard(action.name)
         told = f"{action.zone}: {refused}"
         upkeep.news.append((action.zone, f"{refused.kind}: {refused}"))
-        if refused.kind == "forbidden":
+        if refused.kind == "forbidden" and not upkeep.had:
             raise (ConfigError if not upkeep.states else NoSlicesError)(told) from refused
         turn_down(upkeep, action.zone, now)
         if refused.kind == "quota":
-            upkeep.quotas[action.zone] = str(refused)
-            if set(upkeep.quotas) >= set(upkeep.wanted.zones):
-                said = "; ".join(f"{zone}: {upkeep.quotas[zone]}" for zone in upkeep.wanted.zones)
-                raise NoSlicesError(f"no zone's quota allows a {upkeep.wanted.slice}: {said}") from refused
+            lacks_quota(upkeep, action.zone, str(refused), now)
+
+
+def lacks_quota(upkeep: Upkeep, zone: str, said: str, now: float) -> None:
+    """Raises NoSlicesError where all zones said so of late, and the run has never had its slices: after a loss the
+    provider may count what is gone for a while.
+    """
+    upkeep.quotas[zone] = said
+    zones = upkeep.wanted.zones
+    if not upkeep.had and all(zone in upkeep.quotas and upkeep.turned_down.get(zone, 0.0) > now for zone in zones):
+        told = "; ".join(f"{zone}: {upkeep.quotas[zone]}" for zone in zones)
+        raise NoSlicesError(f"no zone's quota allows a {upkeep.wanted.slice}: {told}")
 
 
 def turn_down(upkeep: Upkeep, zone: str, now: float, turns: int = 1) -> None:
@@ -119,12 +134,17 @@ def note(upkeep: Upkeep, there: Sequence[Request], now: float) -> None:
             upkeep.news.append((r.name, f"{r.state.value} in {r.zone}" + (f": {r.why}" if r.why else "")))
             if r.state is State.LOST and upkeep.states.get(r.name) in (None, State.WAITING):
                 turn_down(upkeep, r.zone, now)  # it never came to be
+                if "quota" in r.why.lower():
+                    lacks_quota(upkeep, r.zone, r.why, now)
     upkeep.states = {r.name: r.state for r in mine}
     upkeep.reasons |= {r.name: r.why for r in mine if r.why}
     upkeep.asked = upkeep.asked or bool(mine)  # an earlier controller did
+    upkeep.unseen -= upkeep.states.keys()
     ready = {r.name for r in mine if r.state is State.READY}
+    upkeep.had = upkeep.had or len(ready) >= upkeep.wanted.count > 0
     for r in mine:
-        upkeep.quotas.pop(r.zone, None)
+        if r.state is not State.LOST:
+            upkeep.quotas.pop(r.zone, None)
     absent = ready - upkeep.provider.joined() if ready else set()
     upkeep.absent_since = {name: upkeep.absent_since.get(name, now) for name in absent}
     for name, since in upkeep.absent_since.items():
@@ -157,7 +177,7 @@ def loop(upkeep: Upkeep) -> None:
 
 def begin(upkeep: Upkeep) -> None:
     """The first step, not in the thread: what is wrong with the user's part is known before anything is waited for.
-    Raises ConfigError as long as nothing was asked for.
+    Raises ConfigError and NoSlicesError.
     """
     deadline = time.monotonic() + ANSWER_TIMEOUT_S
     while True:
@@ -168,9 +188,6 @@ def begin(upkeep: Upkeep) -> None:
                 return upkeep.news.append(("provider", str(refused)))
             if refused.kind != "trouble" or time.monotonic() > deadline:
                 raise ConfigError(f"cluster={upkeep.provider.kind}: {refused}") from refused
-        except Exception as error:  # something may have been made
-            upkeep.failed = error
-            return None
         time.sleep(min(upkeep.poll_s, 1.0))
 
 
@@ -187,19 +204,21 @@ def kept(upkeep: Upkeep, keep: bool, tell: Callable[[str, str], None]) -> Iterat
         if upkeep.failed is not None:
             raise upkeep.failed
 
-    begin(upkeep)
     thread = threading.Thread(target=loop, args=(upkeep,), name="upkeep", daemon=True)
-    if upkeep.failed is None:
-        thread.start()
     try:
-        yield Given(check, partial(discard, upkeep), pass_on)
+        begin(upkeep)
+        thread.start()
+        yield Given(check, partial(discard, upkeep), pass_on, lambda name: upkeep.states.get(name) is State.READY)
     finally:
-        upkeep.ended.set()
-        if thread.ident is not None:
-            thread.join(CLEAR_TIMEOUT_S)
-        pass_on()
-        if not keep and upkeep.asked:
-            clear(upkeep.provider, upkeep.wanted.owner, upkeep.poll_s, tell)
+        with signals_wait():  # an impatient user would leave slices behind that are paid for
+            upkeep.ended.set()
+            if thread.ident is not None:
+                thread.join(CLEAR_TIMEOUT_S)
+            pass_on()
+            if keep and upkeep.states:
+                tell("slices", f"kept, and paid for: {', '.join(sorted(upkeep.states))}; launch.cluster down ends them")
+            elif upkeep.asked and not keep:
+                clear(upkeep.provider, upkeep.wanted.owner, upkeep.poll_s, tell, patient=bool(upkeep.unseen))
 
 
 def clear(

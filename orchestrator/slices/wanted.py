@@ -23,6 +23,7 @@ class Wanted:
     zones: tuple[str, ...]  # in order of preference
     patience_s: float = 600.0  # for a zone without capacity, before the next is asked
     slices: int = 1  # of each request
+    named: bool = False  # they are cluster.name's: other runs may count on them as they are
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Request:
     capacity: str = "on-demand"
     slices: int = 1
     hopeless: bool = False  # it waits for what will not come, why says
+    found: bool = False  # it waits no more for capacity: it is being made
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,24 @@ def reconcile(
     for extra in sorted(live, key=lambda r: r.state is State.READY)[: max(0, len(live) - wanted.count)]:
         back[extra.name] = GiveBack(extra, "is not wanted")
     missing = wanted.count - sum(r.state is State.GOING or r.name in back or r in live for r in mine)
-    here = [r.zone for r in live if r.zone in open_zones]  # slices of one run best lie together
-    zone = next(iter([*here, *open_zones]), None)
+    here = {r.zone for r in live}  # slices of one run lie together
+    zone = next((zone for zone in open_zones if zone in here or not here), None)
     asked = [Ask(request_name(wanted.owner, now, i), zone) for i in range(missing)] if zone else []
     return [*(done for done in back.values() if done.request.state is not State.GOING), *asked]
+
+
+def unlike(wanted: Wanted, there: Sequence[Request]) -> str:
+    """Why slices that are kept under a name are not those that are wanted: they are not replaced by the way."""
+    mine = [r for r in there if r.owner == wanted.owner and r.state in (State.READY, State.WAITING)]
+    kinds = sorted({f"{r.slices} x {r.slice} of {r.topology}" for r in mine})
+    wants = f"{wanted.slices} x {wanted.slice} of {wanted.topology}"
+    if not wanted.named or not mine or (kinds == [wants] and len(mine) <= wanted.count):
+        return ""
+    held = f"{len(mine)} x {kinds[0]}" if wanted.count > 1 or len(mine) > 1 else ", ".join(kinds)
+    return (
+        f"cluster.name={wanted.owner}: holds {held}, wanted is {wanted.count} x {wants}; give cluster.slice and"
+        " cluster.num_slices as they are there, or launch.cluster down first"
+    )
 
 
 def fault(r: Request, wanted: Wanted, open_zones: Collection[str], bad: Mapping[str, str], now: float) -> str:
@@ -85,7 +101,12 @@ def fault(r: Request, wanted: Wanted, open_zones: Collection[str], bad: Mapping[
         wants = f"wanted is {wanted.slices} x {wanted.slice} of {wanted.topology}"
         return f"is {r.slices} x {r.slice} of {r.topology}, {wants}"
     waited_s = now - r.since
-    if r.state is State.WAITING and waited_s > wanted.patience_s and any(zone != r.zone for zone in open_zones):
+    if (
+        r.state is State.WAITING
+        and not r.found
+        and waited_s > wanted.patience_s
+        and any(zone != r.zone for zone in open_zones)
+    ):
         return f"no capacity in {r.zone} within {waited_s:.0f} s"
     return bad.get(r.name, "")
 
