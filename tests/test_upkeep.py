@@ -120,6 +120,33 @@ def test_a_refusal_ends_a_run_that_never_had_its_slices_and_no_other(kind: str) 
     assert any(what == "a" and kind in news for what, news in later.news)
 
 
+@pytest.mark.parametrize(("keep", "left"), [(False, 0), (True, 1)])
+def test_a_lost_head_gives_back_what_is_not_kept(monkeypatch: pytest.MonkeyPatch, keep: bool, left: int) -> None:
+    """By the upkeep's own thread: Ray may end this process before the run's comes to it."""
+    monkeypatch.setattr(upkeep, "HEAD_SILENT_S", 0.2)
+    cloud, silent = Cloud(), time.monotonic() + 0.1
+    kept = keeping(cloud)
+    kept.head_answers = lambda: time.monotonic() < silent
+    with upkeep.kept(kept, keep, quiet) as given:
+        deadline = time.monotonic() + 10.0
+        while kept.failed is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(cloud.there) == left
+        with pytest.raises(NoSlicesError, match="the head of the Ray cluster has not answered"):
+            given.repair()
+
+
+def test_a_head_that_is_silent_for_a_moment_is_not_lost() -> None:
+    cloud, answers = Cloud(), iter([False, True, False])
+    kept = keeping(cloud)
+    kept.head_answers = lambda: next(answers)
+    upkeep.step(kept)
+    for silent in (True, False, True):
+        upkeep.watch_head(kept)
+        assert (kept.silent_since is not None) is silent
+    assert cloud.there
+
+
 def test_a_quota_said_long_ago_is_no_verdict() -> None:
     def refuse(asked: Ask) -> None:
         raise RefusedError("quota", "no")

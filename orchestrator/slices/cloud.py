@@ -79,4 +79,5 @@ def connect(config: Config, tell: Callable[[str, str], None], _: object) -> Iter
         existing.connected(address, job=guest.job(code)),  # kept hosts may have joined with other code
     ):
         head.give_code(address)
+        keeping.head_answers = partial(head.listens, address)
         yield given

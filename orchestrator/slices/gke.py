@@ -69,9 +69,11 @@ def connect(config: Config, tell: Callable[[str, str], None], asked: Callable[[]
     cluster = config.cluster
     assert config.run.id is not None
     owner = cluster.name or config.run.id
-    with kept(upkeep(config, owner), cluster.keep or cluster.name is not None, tell) as given:
+    keeping = upkeep(config, owner)
+    with kept(keeping, cluster.keep or cluster.name is not None, tell) as given:
         at = wait_for_head(config, owner, given.repair, asked, tell)
         code = guest.job(Path(config.run.root).expanduser() / config.run.id / "code")
+        keeping.head_answers = partial(listens, at)
         with guest.joined(at) as ip, existing.connected(at, ip=ip, job=code):
             yield replace(given, discard=avoided, owns=lambda name: True)  # all of this Ray cluster is
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 WORST_WAIT_S = 60.0  # between two looks while the provider is in trouble
 ANSWER_TIMEOUT_S = 20.0  # for the provider, before anything is asked of it
 CLEAR_TIMEOUT_S = 300.0
+HEAD_SILENT_S = 15.0
 PATIENT_LOOKS = 3  # that find nothing before it is believed: what was asked for a moment ago may not be shown yet
 
 
@@ -66,6 +67,9 @@ class Upkeep:
     asked: bool = False  # something may be there
     unseen: set[str] = field(default_factory=set)  # asked for, and not shown by a look yet
     had: bool = False  # all that is wanted was there once: no refusal is final any more
+    head_answers: Callable[[], bool] = lambda: True  # whether the head of the Ray cluster does
+    silent_since: float | None = None  # time.monotonic() at which it did not any more
+    keep: bool = False  # when the run ends
     failed: Exception | None = None
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -167,12 +171,25 @@ def loop(upkeep: Upkeep) -> None:
         try:
             step(upkeep)
             wait_s = upkeep.poll_s
+            watch_head(upkeep)
         except RefusedError as trouble:
             wait_s = min(2 * wait_s, WORST_WAIT_S)
             upkeep.news.append(("provider", f"{trouble}; again in {wait_s:.0f} s"))
         except Exception as error:
             upkeep.failed = error
             return
+
+
+def watch_head(upkeep: Upkeep) -> None:
+    """Without its head a run is at an end, and Ray ends this process a minute later, whatever it is at: slices are
+    given back before. Raises NoSlicesError.
+    """
+    now = time.monotonic()
+    upkeep.silent_since = None if upkeep.head_answers() else upkeep.silent_since or now
+    if upkeep.silent_since is not None and now - upkeep.silent_since > HEAD_SILENT_S:
+        if not upkeep.keep:
+            clear(upkeep.provider, upkeep.wanted.owner, upkeep.poll_s, lambda *news: upkeep.news.append(news))
+        raise NoSlicesError(f"the head of the Ray cluster has not answered for {HEAD_SILENT_S:.0f} s")
 
 
 def begin(upkeep: Upkeep) -> None:
@@ -204,6 +221,7 @@ def kept(upkeep: Upkeep, keep: bool, tell: Callable[[str, str], None]) -> Iterat
         if upkeep.failed is not None:
             raise upkeep.failed
 
+    upkeep.keep = keep
     thread = threading.Thread(target=loop, args=(upkeep,), name="upkeep", daemon=True)
     try:
         begin(upkeep)
@@ -215,9 +233,9 @@ def kept(upkeep: Upkeep, keep: bool, tell: Callable[[str, str], None]) -> Iterat
             if thread.ident is not None:
                 thread.join(CLEAR_TIMEOUT_S)
             pass_on()
-            if keep and upkeep.states:
+            if upkeep.keep and upkeep.states:
                 tell("slices", f"kept, and paid for: {', '.join(sorted(upkeep.states))}; launch.cluster down ends them")
-            elif upkeep.asked and not keep:
+            elif upkeep.asked and not upkeep.keep:
                 clear(upkeep.provider, upkeep.wanted.owner, upkeep.poll_s, tell, patient=bool(upkeep.unseen))
 
 
