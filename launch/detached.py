@@ -1,6 +1,5 @@
 """Runs whose controller is a job on a cluster's head: beginning one, and finding it again from anywhere."""
 
-import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from orchestrator.exit import Exit
 from orchestrator.rundir import Detached
 
 if TYPE_CHECKING:
-    from orchestrator.jobs import Head
+    from orchestrator.jobs import Head, Job
 
 # Arguments with which a command looks for a run on a cluster. Ray is imported only by those that do.
 CLUSTER = {"cluster.address": "", "cluster.dashboard": ""}
@@ -53,14 +52,17 @@ def whose(head: "Head", own: Mapping[str, str]) -> tuple[str, str]:
     return found.run, found.root
 
 
-def is_driven(folder: Path) -> bool:
-    """Whether a run that was submitted from here is at work, as far as its cluster can be asked."""
-    if noted := rundir.detached(folder):
-        from orchestrator import jobs
+def noted(run: str, root: str) -> Detached | None:
+    """What lies here of a run that was submitted: below run.root, or where a submission notes it."""
+    places = (Path(root).expanduser(), Path(HERE))
+    return next((there for place in places if (there := rundir.detached(place / run))), None)
 
-        with contextlib.suppress(ConfigError):
-            return not jobs.find(jobs.connect(noted.dashboard), folder.name).ended
-    return False
+
+def job(there: Detached, run: str) -> "Job":
+    """The newest that drives, or drove, a run. Raises ConfigError where its cluster cannot tell."""
+    from orchestrator import jobs
+
+    return jobs.find(jobs.connect(there.dashboard), run)
 
 
 def begin(at: str, run: str, root: str, command: str, arguments: Sequence[str]) -> Exit:
