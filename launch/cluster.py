@@ -2,7 +2,10 @@
 
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -16,21 +19,30 @@ from orchestrator import config as configs
 from orchestrator import rundir, slices
 from orchestrator.config import Config
 from orchestrator.exit import Exit
+from orchestrator.slices import upkeep
+from orchestrator.slices.upkeep import Provider, RefusedError
+from orchestrator.slices.wanted import Request, State
 from orchestrator.topology import slice_type
 
 VERBS = ("up", "down", "list", "render")
+RETRY_S = 1.0
+# An owner, as far as can be told from here. unasked: it was submitted to a cluster that does not say whether it drives
+# it. unknown: nothing here tells.
+Fate = Literal["driven", "unasked", "kept", "dead", "unknown"]
 USAGE = """Slices that outlive a run, or were left by one.
 
   python -m launch.cluster list cluster=gcp                     what is there, and of it what dead runs left
-  python -m launch.cluster down cluster=gcp run=ID              give back a run's, or what a killed one left
+  python -m launch.cluster down cluster=gcp run=ID|latest       give back a run's, or what a killed one left
   python -m launch.cluster down cluster=gcp cluster.name=NAME   give back a name's
-  python -m launch.cluster down cluster=gcp orphans=true        give back those of runs here that are dead
+  python -m launch.cluster down cluster=gcp orphans=true        give back those of runs here that are dead, but
+                                   what cluster.keep=true kept; and name those of which nothing here tells
   python -m launch.cluster up cluster=gcp cluster.name=NAME cluster.slice=v5p-128 cluster.num_slices=2
                                    ask for slices and wait for them; launch.train with the same cluster.name takes them
   python -m launch.cluster render cluster=gcp ...               what would be asked for; nothing is touched
 
 Or cluster=gke; up and render need its cluster.gke.image and cluster.gke.claim.
-run.root (default: runs) is where runs lie. Exit code 0 done, 1 a mistake, 2 something is left or was not given."""
+run.root (default: runs) is where runs lie. force=true: down run=ID, though the cluster that the run was submitted to
+does not say whether it drives it. Exit code 0 done, 1 a mistake, 2 something is left or was not given."""
 
 
 def composed(overrides: list[str]) -> Config:
@@ -52,14 +64,15 @@ def work() -> int:
     if verb not in VERBS:
         raise ConfigError(f"{verb or 'nothing'}: not a verb; allowed are {', '.join(VERBS)}")
     del sys.argv[1]
-    own, overrides = arguments({"run": "", "orphans": "false"}, USAGE)
-    if own["orphans"] not in ("true", "false"):
-        raise ConfigError(f"orphans={own['orphans']}: allowed are true and false")
+    own, overrides = arguments({"run": "", "orphans": "false", "force": "false"}, USAGE)
+    for key in ("orphans", "force"):
+        if own[key] not in ("true", "false"):
+            raise ConfigError(f"{key}={own[key]}: allowed are true and false")
     config = composed(overrides)
     if verb == "list":
         return show(config)
     if verb == "down":
-        return down(config, own["run"], own["orphans"] == "true")
+        return down(config, own["run"], own["orphans"] == "true", own["force"] == "true")
     if config.cluster.name is None:
         raise ConfigError("cluster.name: missing; give the slices a name by which a run finds them")
     return up(config, config.cluster.name) if verb == "up" else render(config, config.cluster.name)
@@ -69,50 +82,126 @@ def tell(what: str, news: str) -> None:
     print(f"{what}: {news}", flush=True)
 
 
-def is_dead(owner: str, root: str) -> bool:
-    """Whether an owner is a run that lies here and that no process drives."""
-    folder = Path(root, owner)
-    return (folder / "manifest.json").exists() and not rundir.is_locked(folder)
+def judged(owner: str, root: str) -> tuple[Fate, str]:
+    """What has become of an owner, and why that is thought."""
+    folder = Path(root).expanduser() / owner
+    if rundir.is_locked(folder):
+        return "driven", "is being driven by a process; stop that first"
+    if noted := detached.noted(owner, root):
+        try:
+            job = detached.job(noted, owner)
+        except ConfigError as error:
+            return "unasked", f"was submitted to the cluster of {noted.dashboard}, which does not tell ({error})"
+        if not job.ended:
+            return "driven", f"is being driven by a job on a cluster; launch.stop run={owner} first"
+        if not (folder / "manifest.json").exists():
+            return "unknown", f"its job has ended ({job.state}), and what it keeps is not known here"
+    if not (folder / "manifest.json").exists():
+        return "unknown", f"no such run is in run.root={root}, and none was submitted from here"
+    try:
+        keep = rundir.read_manifest(folder).config["cluster"].get("keep")
+    except (ConfigError, KeyError) as error:
+        return "unknown", str(error)
+    return ("kept", "was to keep them (cluster.keep=true)") if keep else ("dead", "is not driven any more")
+
+
+def looked(provider: Provider) -> Sequence[Request]:
+    """Raises ConfigError where the provider does not tell."""
+    deadline = time.monotonic() + upkeep.ANSWER_TIMEOUT_S
+    while True:
+        try:
+            return provider.look()
+        except RefusedError as refused:
+            if refused.kind != "trouble" or time.monotonic() > deadline:
+                raise ConfigError(f"cluster={provider.kind}: {refused}") from refused
+        time.sleep(RETRY_S)
 
 
 def show(config: Config) -> int:
-    price, now = config.cluster.price_per_chip_hour, time.time()
+    price, now, root = config.cluster.price_per_chip_hour, time.time(), config.run.root
     table = Table("slice", "zone", "type", "capacity", "state", "owner", "age", "chip-hours", "cost", box=None)
-    for request in sorted(slices.provider(config).opened(config, "").look(), key=lambda r: (r.owner, r.since)):
+    for request in sorted(looked(slices.provider(config).opened(config, "")), key=lambda r: (r.owner, r.since)):
         hours = (now - request.since) / 3600
         chip_hours = hours * request.slices * slice_type(request.slice).chips
-        dead = " (dead)" if is_dead(request.owner, config.run.root) else ""
-        cost = f"{chip_hours * price:,.0f}" if price is not None else "-"
-        row = [request.name, request.zone, request.slice, request.capacity, request.state.value, request.owner + dead]
-        table.add_row(*row, f"{hours:.1f} h", f"{chip_hours:,.1f}", cost)
+        waits = request.state is State.WAITING  # that costs nothing
+        cost = f"{chip_hours * price:,.0f}" if price is not None and not waits else "-"
+        row = [request.name, request.zone, request.slice, request.capacity, request.state.value]
+        row += [request.owner + mark(request.owner, root), f"{hours:.1f} h", "-" if waits else f"{chip_hours:,.1f}"]
+        table.add_row(*row, cost)
     Console(width=200 if not sys.stdout.isatty() else None).print(table if table.rows else "no slices")
     return Exit.FINISHED
 
 
-def down(config: Config, run: str, orphans: bool) -> int:
-    from orchestrator.slices import upkeep
+def mark(owner: str, root: str) -> str:
+    """Beside an owner's name; no cluster is asked for it."""
+    if detached.noted(owner, root):
+        return " (detached)"
+    fate, _ = judged(owner, root)
+    return f" ({fate})" if fate in ("dead", "kept") else ""
 
-    assert config.cluster.cloud is not None
+
+def down(config: Config, run: str, orphans: bool, force: bool = False) -> int:
     if (bool(run) + orphans + bool(config.cluster.name)) != 1:
         raise ConfigError("down: give one of run=ID, cluster.name=NAME, orphans=true")
+    if force and not run:
+        raise ConfigError("force=true: goes with run=ID")
     provider = slices.provider(config).opened(config, "")
-    owners = [run or str(config.cluster.name)]
     if orphans:
-        owners = sorted({r.owner for r in provider.look() if is_dead(r.owner, config.run.root)})
-    elif run and Path(config.run.root, run).is_dir() and rundir.is_locked(Path(config.run.root, run)):
-        raise ConfigError(f"run={run}: is being driven by a process; stop that first")
-    elif run and detached.is_driven(Path(config.run.root, run)):
-        raise ConfigError(f"run={run}: is being driven by a job on a cluster; launch.stop run={run} first")
-    poll_s = config.cluster.cloud.poll_s
-    left = [one for owner in owners for one in upkeep.clear(provider, owner, poll_s, tell, patient=True)]
-    print("something is left" if left else "nothing is left")
-    return Exit.GAVE_UP if left else Exit.FINISHED
+        return down_orphans(config, provider)
+    if not run:
+        return give_back(config, provider, "cluster.name", str(config.cluster.name))
+    if run == "latest":
+        run = rundir.find(config.run.root, run).name
+    fate, why = judged(run, config.run.root)
+    if fate == "driven":
+        raise ConfigError(f"run={run}: {why}")
+    if fate == "unasked" and not force:
+        raise ConfigError(f"run={run}: may be driven: it {why}; force=true gives back all the same")
+    return give_back(config, provider, "run", run)
+
+
+def down_orphans(config: Config, provider: Provider) -> int:
+    """Gives back what runs here that are dead have left, and says of all others why not."""
+    found = {owner: judged(owner, config.run.root) for owner in sorted({r.owner for r in looked(provider)})}
+    for owner, (fate, why) in found.items():
+        how = {"kept": f"; run={owner} gives back", "unknown": f"; run={owner} gives back"}
+        if fate != "dead":
+            print(f"{owner}: not given back: {why}" + how.get(fate, ""))
+    dead = [owner for owner, (fate, _) in found.items() if fate == "dead"]
+    if not dead:
+        print(f"nothing is left of dead runs in run.root={config.run.root}")
+    return max((give_back(config, provider, "run", owner) for owner in dead), default=Exit.FINISHED)
+
+
+def give_back(config: Config, provider: Provider, key: str, owner: str) -> int:
+    assert config.cluster.cloud is not None
+    looks: list[Sequence[Request] | None] = []  # None: the provider did not tell
+
+    def look() -> Sequence[Request]:
+        looks.append(None)
+        try:
+            seen = provider.look()
+        except RefusedError as refused:
+            if refused.kind == "forbidden":
+                raise ConfigError(f"cluster={provider.kind}: {refused}") from refused
+            raise
+        looks[-1] = seen
+        return seen
+
+    left = upkeep.clear(replace(provider, look=look), owner, config.cluster.cloud.poll_s, tell, patient=True)
+    owners = {request.owner for seen in looks for request in seen or ()}
+    if left or not looks or looks[-1] is None:
+        print(f"{key}={owner}: something is left" if left else f"{key}={owner}: it is not known what is left")
+        return Exit.GAVE_UP
+    if owner in owners:
+        print(f"{key}={owner}: nothing is left")
+    else:
+        others = ", ".join(sorted(owners)) or "none"
+        print(f"{key}={owner} has no slices, so nothing is left of it; owners with slices: {others}")
+    return Exit.FINISHED
 
 
 def up(config: Config, owner: str) -> int:
-    from orchestrator.slices import upkeep
-    from orchestrator.slices.wanted import State
-
     kept = slices.provider(config).upkeep(config, owner)
     deadline = time.monotonic() + config.timeout.reserve_s
     with upkeep.kept(kept, keep=True, tell=tell) as given:

@@ -14,14 +14,14 @@ from orchestrator.exit import Exit
 from orchestrator.rundir import Detached
 
 if TYPE_CHECKING:
-    from orchestrator.jobs import Head
+    from orchestrator.jobs import Head, Job
 
 # Arguments with which a command looks for a run on a cluster. Ray is imported only by those that do.
 CLUSTER = {"cluster.address": "", "cluster.dashboard": ""}
 USAGE = """  cluster.address, cluster.dashboard
             of the Ray cluster whose head drives the run, HOST:PORT; not needed where it was submitted from"""
 HERE = "runs"  # where it is noted what was submitted from here, and where commands look for runs
-BEGIN_S = 180.0  # for a job to have looked at its input, which may mean to compile
+BEGIN_S = 600.0  # for a job to have looked at its input, which may mean to compile, on a head with few cores
 
 
 def dashboard(own: Mapping[str, str]) -> str | None:
@@ -53,39 +53,68 @@ def whose(head: "Head", own: Mapping[str, str]) -> tuple[str, str]:
     return found.run, found.root
 
 
-def is_driven(folder: Path) -> bool:
-    """Whether a run that was submitted from here is at work, as far as its cluster can be asked."""
-    if noted := rundir.detached(folder):
-        from orchestrator import jobs
-
-        with contextlib.suppress(ConfigError):
-            return not jobs.find(jobs.connect(noted.dashboard), folder.name).ended
-    return False
+def noted(run: str, root: str) -> Detached | None:
+    """What lies here of a run that was submitted: below run.root, or where a submission notes it."""
+    places = (Path(root).expanduser(), Path(HERE))
+    return next((there for place in places if (there := rundir.detached(place / run))), None)
 
 
-def begin(at: str, run: str, root: str, command: str, arguments: Sequence[str]) -> Exit:
-    """Submits a controller, and waits until it has looked at its input. Raises ConfigError with what it refused."""
+def job(there: Detached, run: str) -> "Job":
+    """The newest that drives, or drove, a run. Raises ConfigError where its cluster cannot tell."""
+    from orchestrator import jobs
+
+    return jobs.find(jobs.connect(there.dashboard), run)
+
+
+def begin(at: str, run: str, root: str, command: str, arguments: Sequence[str], sweep: bool = False) -> Exit:
+    """Submits a controller, and waits until it has looked at its input. Raises ConfigError with what it refused.
+
+    What was submitted goes on, whatever becomes of the waiting.
+    """
     from orchestrator import jobs
 
     head = jobs.connect(at)
     jobs.check_stays(head)
+    folder = Path(HERE, run)
+    before = rundir.detached(folder)
     id = jobs.submit(head, run, root, command, [*arguments, f"run.root={root}"])
+    note(folder, Detached(at, root))
     print(f"{command}: submitted as job {id} to the head of {at}", flush=True)
-    mark = f"{command}: run {run} "
-    in_time = jobs.wait(head, id, BEGIN_S, mark)
-    said = jobs.output(head, id)
-    if in_time and mark not in said:
-        why = [f"detach=true: its job {jobs.look(head, id)[0]} and said nothing", *said.strip().splitlines()][-1]
-        jobs.forget(head, id)
+    left = Exit.FINISHED
+    try:
+        why = refusal(head, id, f"{command}: run {run} ")
+    except ConfigError as error:
+        why = ""
+        print(f"{command}: {error}")
+        print(f"{command}: job {id} goes on, as far as is known here; python -m launch.stop run={run} stops it")
+    except KeyboardInterrupt:
+        why, left = "", Exit.STOPPED if sweep else left
+        print(f"\n{command}: job {id} goes on; python -m launch.stop run={run} stops it")
+    if why:
+        forget(folder, before)
         raise ConfigError(why.removeprefix(f"{command}: "))
-    note(Path(HERE, run), Detached(at, root))
-    if not in_time:
-        print(f"{command}: it has not begun after {BEGIN_S:.0f} s, and goes on; python -m launch.logs run={run} tells")
     print(f"run {run}: on the head of {at}, in {Path(root, run)}")
     for verb in ("status", "logs", "stop"):
         print(f"  {verb:7} python -m launch.{verb} run={run}")
     print(f"  from elsewhere, add cluster.dashboard={at}")
-    return Exit.FINISHED
+    return left
+
+
+def refusal(head: "Head", id: str, mark: str) -> str:
+    """Why a job ended before it printed the mark; nothing where it printed that, or has yet to. Raises ConfigError."""
+    from orchestrator import jobs
+
+    in_time = jobs.wait(head, id, BEGIN_S, mark)
+    said = jobs.output(head, id)
+    if mark in said:
+        return ""
+    if not in_time:
+        print(f"job {id} has not begun after {BEGIN_S:.0f} s, and goes on; launch.logs tells")
+        return ""
+    why = [f"detach=true: its job {jobs.look(head, id)[0]} and said nothing", *said.strip().splitlines()][-1]
+    with contextlib.suppress(ConfigError):
+        jobs.forget(head, id)
+    return why
 
 
 def note(folder: Path, what: Detached) -> None:
@@ -95,6 +124,17 @@ def note(folder: Path, what: Detached) -> None:
         rundir.write_json(folder / rundir.DETACHED, asdict(what))
     except OSError as error:
         print(f"{folder / rundir.DETACHED}: cannot be written ({error.strerror}); give cluster.dashboard with commands")
+
+
+def forget(folder: Path, before: Detached | None) -> None:
+    """Takes back a note, but for what an earlier submission of the run had noted."""
+    if before:
+        note(folder, before)
+        return
+    with contextlib.suppress(OSError):  # other things lie there
+        (folder / rundir.DETACHED).unlink(missing_ok=True)
+        folder.rmdir()
+        folder.parent.rmdir()
 
 
 def ask(own: Mapping[str, str], at: str, command: str, arguments: Sequence[str], timeout_s: float) -> int:

@@ -1,5 +1,6 @@
 """python -m launch.stop run=ID|latest: a run saves and stops, wherever it is driven."""
 
+import contextlib
 import os
 import signal
 import time
@@ -27,6 +28,7 @@ Given again while a run stops, it stops at once.
 Exit code 0 stopped, or was not running; 1 a mistake; 2 not stopped in time, or not saved."""
 
 POLL_S = 0.1
+ANSWER_S = 180.0  # for the command to begin where the run lies
 ENDS_S = 20.0  # for a job to be over once the run has stopped
 
 
@@ -36,13 +38,18 @@ def work() -> int:
         raise ConfigError(f"{rest[0].partition('=')[0]}: unknown key; allowed: {', '.join(own)}")
     if not own["run"]:
         raise ConfigError("run: missing; allowed is run=ID or run=latest")
-    try:
-        wait_s = float(own["wait_s"])
-    except ValueError as error:
-        raise ConfigError(f"wait_s={own['wait_s']}: must be a number of seconds") from error
+    wait_s = seconds(own["wait_s"])
     if at := detached.dashboard(own):
         return stop_there(own, at, wait_s)
     return stop_here(rundir.find(own["run.root"], own["run"]), wait_s)
+
+
+def seconds(text: str) -> float:
+    """Raises ConfigError for what is not to be waited: nan would be for ever."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (wait_s := float(text)) < float("inf"):
+            return wait_s
+    raise ConfigError(f"wait_s={text}: must be a number of seconds, 0 or more")
 
 
 def stop_here(folder: Path, wait_s: float) -> int:
@@ -51,9 +58,11 @@ def stop_here(folder: Path, wait_s: float) -> int:
         print(f"run {folder.name}: is not running ({state(folder)})")
         return Exit.FINISHED
     pid = rundir.driver(folder)
-    if pid is None:
+    if pid is None and rundir.is_locked(folder):
         raise ConfigError(f"run={folder.name}: is driven on another machine, or by another user; stop it there")
-    os.kill(pid, signal.SIGTERM)
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + wait_s
     while rundir.is_locked(folder):
         if time.monotonic() > deadline:
@@ -76,7 +85,7 @@ def stop_there(own: Mapping[str, str], at: str, wait_s: float) -> int:
     if found.ended:
         print(f"run {found.run}: is not running ({found.state})")
         return Exit.FINISHED
-    code, text = jobs.ask(head, found.run, found.root, "stop", [f"wait_s={wait_s:g}"], wait_s + detached.BEGIN_S)
+    code, text = jobs.ask(head, found.run, found.root, "stop", [f"wait_s={wait_s:g}"], wait_s + ANSWER_S)
     if code in (Exit.FINISHED, Exit.GAVE_UP):
         print(text.rstrip())
         if code == Exit.GAVE_UP or jobs.wait(head, found.id, ENDS_S):

@@ -44,16 +44,16 @@ def train(composed: DictConfig, commanded: float) -> Exit:
     assert isinstance(container, dict)
     config = configs.from_container({str(key): value for key, value in container.items()})
     preflight.check(config)
-    preflight.check_fits(config)
+    if not config.detach:  # its job does that on the head
+        preflight.check_fits(config)
     run_id = config.run.id or rundir.new_id(config.model.name)
     config = configs.with_id(config, run_id, config.run.root)
     overrides = list(HydraConfig.get().overrides.task)
     if config.detach:
         assert config.cluster.dashboard_at is not None
         rest = [line for line in overrides if line.partition("=")[0].lstrip("+") not in NOT_THERE]
-        return detached.begin(
-            config.cluster.dashboard_at, run_id, config.run.root, "train", [*rest, f"run.id={run_id}"]
-        )
+        at, sweep = config.cluster.dashboard_at, HydraConfig.get().mode == RunMode.MULTIRUN
+        return detached.begin(at, run_id, config.run.root, "train", [*rest, f"run.id={run_id}"], sweep)
     with Interrupt() as interrupt:
         folder = rundir.create(config.run.root, run_id)
         lock = rundir.lock(folder)

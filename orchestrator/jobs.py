@@ -33,6 +33,7 @@ from orchestrator.topology import NAME_LABEL
 ANSWER_TIMEOUT_S = 5.0  # for a dashboard to show that it is there
 CALL_TIMEOUT_S = 60.0
 POLL_S = 0.2
+TROUBLE_S = 60.0  # for which no poll may get an answer, before a wait is given up
 STOP_S = 3600  # for what `ray job stop` ends, before it kills it: a controller saves
 RUN, ROOT, COMMAND = "gemma-run", "gemma-root", "gemma-command"  # metadata of a job
 DRIVES = ("train", "resume")
@@ -56,7 +57,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Job:
-    """The newest that drives, or drove, a run."""
+    """The one that drives a run, or the newest that drove it."""
 
     id: str  # Ray's submission id
     run: str
@@ -137,7 +138,7 @@ def submit(head: Head, run: str, root: str, command: str, arguments: Sequence[st
 
 
 def jobs(head: Head) -> list[Job]:
-    """Of runs, oldest first; of each run the newest."""
+    """Of runs, oldest first; of each run the newest, but for one that ended beside one that is at work."""
     with told(head.at):
         found = head.client.list_jobs()
     newest: dict[str, Job] = {}
@@ -145,8 +146,11 @@ def jobs(head: Head) -> list[Job]:
         metadata = details.metadata or {}
         if metadata.get(COMMAND) in DRIVES and details.submission_id:
             run = metadata[RUN]
+            this = job(details, run, metadata[ROOT])
+            if this.ended and run in newest and not newest[run].ended:
+                continue  # a second controller was refused
             newest.pop(run, None)
-            newest[run] = job(details, run, metadata[ROOT])
+            newest[run] = this
     return list(newest.values())
 
 
@@ -195,13 +199,20 @@ def printed(log: str, id: str) -> str:
 
 
 def wait(head: Head, id: str, timeout_s: float, said: str = "") -> bool:
-    """Whether a job has ended in time; or has printed what is waited for."""
-    deadline = time.monotonic() + timeout_s
-    while not look(head, id)[1] and not (said and said in output(head, id)):
+    """Whether a job has ended in time; or has printed what is waited for. A poll may fail, many in a row may not."""
+    answered = time.monotonic()
+    deadline = answered + timeout_s
+    while True:
+        try:
+            if look(head, id)[1] or (said and said in output(head, id)):
+                return True
+            answered = time.monotonic()
+        except ConfigError:
+            if time.monotonic() > min(deadline, answered + TROUBLE_S):
+                raise
         if time.monotonic() > deadline:
             return False
         time.sleep(POLL_S)
-    return True
 
 
 def forget(head: Head, id: str) -> None:

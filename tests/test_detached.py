@@ -211,6 +211,14 @@ def test_a_job_is_bound_to_the_head_whatever_ray_is_told_and_its_arguments_reach
     assert shlex.split(given["entrypoint"])[-4:] == ["-m", "launch.train", "profile.steps=[1,2]", "data.path=/a b"]
 
 
+def test_with_detach_nothing_is_compiled_here(tmp_path: Path) -> None:
+    """So that what does not fit is the head's to say, and here only that there is none."""
+    run = ["detach=true", "cluster=ray", "cluster.address=127.0.0.1:9", "cluster.slice=v5p-8", "run.root=/r"]
+    done = launch(tmp_path, source.TOP, "train", *run, "model=gemma2_27b", f"run.cache={tmp_path}/cache")
+    assert done.returncode == 1
+    assert done.stderr.startswith("train: cluster.dashboard=127.0.0.1:8265: no dashboard of a Ray cluster answers")
+
+
 def test_a_machine_that_may_be_taken_away_drives_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     from orchestrator import jobs
 

@@ -97,6 +97,28 @@ def test_a_run_that_stops_is_told_with_its_step(folder: Path, capsys: pytest.Cap
     assert capsys.readouterr().out == "run some: is not running (stopped)\n"
 
 
+def test_a_process_that_ends_as_it_is_found_has_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = drive(folder)
+
+    def ends(_: Path) -> int:
+        process.terminate()
+        process.wait(DEADLINE_S)
+        return process.pid
+
+    monkeypatch.setattr(rundir, "driver", ends)
+    assert stop.stop_here(folder, DEADLINE_S) == 0
+    process = drive(folder)
+    monkeypatch.setattr(rundir, "driver", lambda folder: ends(folder) and None)  # its number is gone, too
+    assert stop.stop_here(folder, DEADLINE_S) == 0
+
+
+@pytest.mark.parametrize("wait_s", ["nan", "inf", "-1", "soon", ""])
+def test_what_cannot_be_waited_is_refused(wait_s: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["launch.stop", "run=some", f"wait_s={wait_s}"])
+    with pytest.raises(ConfigError, match=f"^wait_s={wait_s}: must be a number of seconds, 0 or more$"):
+        stop.work()
+
+
 def test_a_run_that_does_not_stop_in_time_is_told_with_2_and_left_alone(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
