@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,14 @@ def ours(emulated: Cloud) -> list[str]:
     return sorted(one.resource.tpu.node_spec[0].node.metadata["gemma-owner"] for one in emulated.given.values())
 
 
-def killed(process: subprocess.Popen[str], emulated: Cloud, folder: Path, during: str, call: int, moment: str) -> None:
-    """SIGKILL as the so-manieth call of a phase is begun, or was obeyed and is not answered yet."""
+def killed(
+    process: subprocess.Popen[str], emulated: Cloud, call: int, moment: str, armed: Callable[[], bool] = lambda: True
+) -> None:
+    """SIGKILL as the so-manieth call from when it is armed is begun, or was obeyed and is not answered yet."""
     seen = {"before": 0, "after": 0}
 
     def hook(verb: str, now: str) -> None:
-        if during == "teardown" and '"stop"' not in (folder / "events.jsonl").read_text():
+        if not armed():
             return
         seen[now] += 1
         if now == moment and seen[now] == call:
@@ -64,7 +67,7 @@ def test_at_twenty_points_nothing_is_left_and_nobody_elses_is_touched(tmp_path: 
                 wait_for(lambda: given_to(emulated, run), "a slice", process)  # noqa: B023
                 wait_for(lambda: connected(tmp_path / run), "the Ray cluster", process)  # noqa: B023
             with emulated.lock:
-                killed(process, emulated, tmp_path / run, during, call, moment)
+                killed(process, emulated, call, moment, lambda: during != "teardown" or stops(tmp_path / run))  # noqa: B023
             if during == "teardown":
                 process.send_signal(signal.SIGTERM)
             said = process.communicate(timeout=60)
@@ -77,6 +80,11 @@ def test_at_twenty_points_nothing_is_left_and_nobody_elses_is_touched(tmp_path: 
             assert list(emulated.given) == [theirs]
         assert left > 5  # the kills struck while there was something to leave
     assert orphaned_folders() <= before
+
+
+def stops(folder: Path) -> bool:
+    """Whether a run has come to its end."""
+    return '"stop"' in (folder / "events.jsonl").read_text()
 
 
 def given_to(emulated: Cloud, owner: str) -> bool:

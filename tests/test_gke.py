@@ -49,8 +49,8 @@ def keeping(
 ) -> Iterator[tuple[Upkeep, Any]]:
     kept = gke.upkeep(config, owner)
     say = lambda what, news: told.append(f"{what}: {news}") if told is not None else None  # noqa: E731
-    with upkeep.kept(kept, keep, say) as check:
-        yield kept, check
+    with upkeep.kept(kept, keep, say) as given:
+        yield kept, given.repair
 
 
 def test_slices_are_asked_for_as_one_and_given_back_at_the_end() -> None:
@@ -92,14 +92,14 @@ def test_without_the_operator_that_is_said() -> None:
 @pytest.mark.parametrize("quota", ["objects", "pods"])
 def test_where_no_quota_allows_it_that_is_said_with_its_name_and_nothing_is_left(quota: str) -> None:
     with serving(quota=quota) as emulated:
-        with keeping(config(emulated)) as (kept, check), pytest.raises(NoSlicesError, match="exceeded quota: tpus"):
+        with pytest.raises(NoSlicesError, match="exceeded quota: tpus"), keeping(config(emulated)) as (kept, check):
             wait(check, ready(kept))
         assert emulated.made == {}
 
 
 def test_an_image_that_does_not_exist_is_not_waited_for() -> None:
     with serving(missing="image") as emulated:
-        with keeping(config(emulated)) as (kept, check), pytest.raises(NoSlicesError, match="docker.io/x:1.*not found"):
+        with pytest.raises(NoSlicesError, match="docker.io/x:1.*not found"), keeping(config(emulated)) as (kept, check):
             wait(check, ready(kept))
         assert emulated.made == {}
 
