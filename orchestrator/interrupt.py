@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -67,6 +68,9 @@ def handlers_kept() -> Iterator[None]:
 @contextmanager
 def signals_wait() -> Iterator[None]:
     """Around what must not be cut short. Not by a mask of this thread: another one would be given the signal."""
+    if threading.current_thread() is not threading.main_thread():  # only that one is cut short
+        yield
+        return
     heard: list[int] = []
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():
