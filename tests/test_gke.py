@@ -49,8 +49,8 @@ def keeping(
 ) -> Iterator[tuple[Upkeep, Any]]:
     kept = gke.upkeep(config, owner)
     say = lambda what, news: told.append(f"{what}: {news}") if told is not None else None  # noqa: E731
-    with upkeep.kept(kept, keep, say) as check:
-        yield kept, check
+    with upkeep.kept(kept, keep, say) as given:
+        yield kept, given.repair
 
 
 def test_slices_are_asked_for_as_one_and_given_back_at_the_end() -> None:
