@@ -3,9 +3,10 @@ tests/kuberay.py serves it.
 """
 
 import random
+import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,8 @@ from tests.pods import Pod
 LACK = "0/9 nodes are available: 9 Insufficient google.com/tpu. preemption: 0/9 nodes are available"
 SCALE_UP = "Node scale up in zones us-east5-a associated with this pod failed: GCE out of resources."
 QUOTA = "exceeded quota: tpus, requested: {0}, used: {0}, limited: {0}"
+REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
+POOLS = 9  # of nodes, as many as a slice has hosts
 ABSENT = 'rpc error: code = NotFound desc = failed to pull and unpack image "docker.io/x:1": not found'
 
 
@@ -31,6 +34,7 @@ class Settings:
     notice_s: float = 5.0
     hosts: bool = True
     dashboard: bool = False
+    heeds: bool = False
 
 
 @dataclass
@@ -63,6 +67,7 @@ class Kube:
     calls: list[tuple[float, str]] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
     preempted: bool = False
+    serial: int = 0  # of pods and slices: no name is given twice
     hook: Callable[[str, str], None] = lambda verb, moment: None  # called "before" and "after" a verb is obeyed
     dice: random.Random = field(default_factory=lambda: random.Random(0))
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -106,8 +111,9 @@ def make_pods(kube: Kube, name: str, one: Made, used: int) -> None:
         fits = settings.free is None or used + index < settings.free
         waited = time.monotonic() - one.at >= settings.provision_s
         if index not in one.slices and fits and waited and settings.quota != "pods" and is_up(kube, one.head):
-            one.slices[index] = [make_worker(kube, name, one, index, host) for host in range(group["numOfHosts"])]
-            kube.say(f"{name} slice {index} has its nodes")
+            if (pool := pool_for(kube, group)) is not None:
+                one.slices[index] = make_workers(kube, name, one, index, pool)
+                kube.say(f"{name} slice {index} has its nodes")
         elif index in one.taken_at and time.monotonic() >= one.taken_at[index]:
             pods.end(kube.place, one.slices.pop(index))  # and made anew, all its hosts
             del one.taken_at[index]
@@ -115,11 +121,39 @@ def make_pods(kube: Kube, name: str, one: Made, used: int) -> None:
             kube.say(f"{name} slice {index} was taken away")
 
 
+def pool_for(kube: Kube, group: Mapping[str, Any]) -> str | None:
+    """The pool of nodes to which the scheduler brings a slice's pods, one by one: all of them go where the first does.
+    None where they wait there, as some of its nodes are not allowed.
+    """
+    spec = group["template"]["spec"]
+    node_affinity = ((spec.get("affinity") or {}).get("nodeAffinity") or {}).get(REQUIRED) or {}
+    terms = [term["matchExpressions"] for term in node_affinity.get("nodeSelectorTerms") or ()]
+    if group["numOfHosts"] > 1 and not kube.settings.heeds:
+        terms = []  # the web hook gives the pods another affinity
+    used = {pod.node.rpartition("-")[0] for one in kube.made.values() for pod in one.pods}
+    for pool in (f"pool-{n}" for n in range(POOLS)):
+        nodes = [f"{pool}-{host}" for host in range(group["numOfHosts"])]
+        allowed = [not terms or any(all(node not in one["values"] for one in term) for term in terms) for node in nodes]
+        if pool not in used and any(allowed):
+            return pool if all(allowed) else None
+    return None
+
+
+def make_workers(kube: Kube, name: str, one: Made, index: int, pool: str) -> list[Pod]:
+    kube.serial += 1
+    labels = {"ray.io/worker-group-replica-name": f"{one.group['groupName']}-{kube.serial}"}
+    made = [make_worker(kube, name, one, index, host) for host in range(one.group["numOfHosts"])]
+    for host, pod in enumerate(made):
+        pod.node, pod.labels = f"{pool}-{host}", labels
+    return made
+
+
 def make_worker(kube: Kube, name: str, one: Made, index: int, host: int) -> Pod:
     group = one.group
-    pod_name = f"{name}-{group['groupName']}-{index}-{host}"
+    kube.serial += 1
+    pod_name = f"{name}-{group['groupName']}-worker-{kube.serial}"
     if not kube.settings.hosts:
-        return Pod(pod_name)
+        return Pod(pod_name, apart=f"10.0.{kube.serial // 256}.{kube.serial % 256}")
     chips = one.group["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
     told = {"TPU_NAME": f"{group['groupName']}-{index}", "TPU_WORKER_ID": str(host)}  # by the web hook
     told |= {"TPU_ACCELERATOR_TYPE": group["groupName"], "TPU_TOPOLOGY": chips}  # by the machine
@@ -157,6 +191,33 @@ def preempt(kube: Kube, one: Made) -> None:
     kube.say(f"{one.body['metadata']['name']} slice 0 is told that it will be taken away")
 
 
+def delete_pods(kube: Kube, names: Collection[str]) -> None:
+    """KubeRay ends the others of their slices too."""
+    for one in kube.made.values():
+        for index, there in one.slices.items():
+            for pod in there:
+                pod.leaving = pod.leaving or pod.name in names
+            if any(pod.leaving for pod in there):
+                one.taken_at.setdefault(index, time.monotonic())
+
+
+def select(found: list[dict[str, Any]], query: Mapping[str, str]) -> list[dict[str, Any]]:
+    """By labels and fields, as far as they are asked for here."""
+    asked = re.findall(r"([\w./-]+)(?: in \(([^)]*)\)|=([^,]*))?,?", query.get("labelSelector", ""))
+    wanted = [
+        (key, set((several or single).split(",")) if several or single else None) for key, several, single in asked
+    ]
+    found = [one for one in found if all(fits(one["metadata"]["labels"].get(key), some) for key, some in wanted)]
+    for path, _, value in (part.partition("=") for part in query.get("fieldSelector", "").split(",") if part):
+        section, field_name = path.split(".")
+        found = [one for one in found if one[section].get(field_name) == value]
+    return found
+
+
+def fits(value: str | None, some: Collection[str] | None) -> bool:
+    return value is not None if some is None else value in some
+
+
 def all_pods(kube: Kube) -> list[dict[str, Any]]:
     """As the API tells of them."""
     found = []
@@ -171,8 +232,11 @@ def all_pods(kube: Kube) -> list[dict[str, Any]]:
             }
             found.append({"metadata": {"name": f"{name}-head", "labels": labels}, "status": status})
         for pod in one.pods:
-            running = {"phase": "Running", "conditions": [{"type": "PodScheduled", "status": "True"}]}
-            found.append({"metadata": {"name": pod.name, "labels": labels}, "status": running})
+            status = {"phase": "Running", "podIP": pod.ip, "conditions": [{"type": "PodScheduled", "status": "True"}]}
+            metadata = {"name": pod.name, "labels": labels | pod.labels}
+            if pod.leaving:
+                metadata["deletionTimestamp"] = one.body["metadata"]["creationTimestamp"]
+            found.append({"metadata": metadata, "spec": {"nodeName": pod.node}, "status": status})
         for index in {*range(group["replicas"])} - one.slices.keys():
             lack = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": LACK}
             pending = {"phase": "Pending", "conditions": [lack]}

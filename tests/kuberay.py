@@ -1,16 +1,17 @@
 """Kubernetes' API on loopback, as far as RayClusters and their pods go, with KubeRay behind it: spoken to by
 Kubernetes' own client. The pods are processes here.
 
-python -m tests.kuberay [provision_s=1] [free=SLICES] [quota=pods|objects] [denied=create|list|delete]
-                        [missing=image|operator] [trouble=0.2] [preempt_s=S] [notice_s=5] [hosts=true] [dashboard=false]
+python -m tests.kuberay [provision_s=1] [free=SLICES] [quota=pods|objects] [denied=VERB] [missing=image|operator]
+                        [trouble=0.2] [preempt_s=S] [notice_s=5] [hosts=true] [dashboard=false] [heeds=false]
 
 Prints the overrides with which launch.train uses it, and what it has been asked for as it goes. Ends with Ctrl-C.
 
 free: there are nodes for so many slices, the pods of others wait. quota: there is none for their pods, or for
-RayClusters. denied: a verb is forbidden. missing: their image, or the operator. trouble: this share of calls fails
-with 500s or is not answered, half of them after they were obeyed. preempt_s: the first slice of the first RayCluster is
-taken away so long after it was there, notice_s after its hosts were told; KubeRay makes it anew. dashboard: the Ray
-heads have one.
+RayClusters. denied: one of create, list, patch, delete, deletecollection is forbidden. missing: their image, or the
+operator. trouble: this share of calls fails with 500s or is not answered, half of them after they were obeyed.
+preempt_s: the first slice of the first RayCluster is taken away so long after it was there, notice_s after its hosts
+were told; KubeRay makes it anew. dashboard: the Ray heads have one. heeds: the pods of slices of several hosts keep
+the node affinity that they are given, which GKE's web hook replaces.
 """
 
 import json
@@ -35,6 +36,7 @@ from tests import pods
 from tests.kube import Kube, Made, Settings
 
 TICK_S = 0.02
+VERBS = {"GET": "list", "POST": "create", "PATCH": "patch", "DELETE": "delete"}
 
 
 class Refused(Exception):  # noqa: N818
@@ -45,24 +47,47 @@ class Refused(Exception):  # noqa: N818
 
 def obey(kube: Kube, method: str, parts: list[str], query: dict[str, str], body: Any) -> Any:
     """parts: of the path, from the kind on."""
-    if parts[0] in ("pods", "events"):
-        return {"metadata": {}, "items": kubes.all_pods(kube) if parts[0] == "pods" else events(kube)}
+    if parts[0] == "events":
+        return {"metadata": {}, "items": events(kube)}
+    if parts[0] == "pods":
+        found = kubes.select(kubes.all_pods(kube), query)
+        if method == "DELETE":
+            kubes.delete_pods(kube, {pod["metadata"]["name"] for pod in found})
+        return page(found, query)
     if kube.settings.missing == "operator":
         return None
     if method == "GET":
         found = [one.body for one in kube.made.values() if query["labelSelector"] in one.body["metadata"]["labels"]]
-        first, limit = int(query.get("continue") or 0), int(query["limit"])
-        after = {"continue": str(first + limit)} if first + limit < len(found) else {}
-        return {"kind": "RayClusterList", "metadata": after, "items": found[first : first + limit]}
+        return page(found, query)
     if method == "POST":
         return create(kube, body)
     if parts[1] not in kube.made:
         raise Refused(404, "NotFound", f'rayclusters.ray.io "{parts[1]}" not found')
     one = kube.made[parts[1]]
+    if method == "PATCH":
+        return change(kube, one, body)
     if one.leaving is None:
         one.leaving = time.monotonic()
         one.body["metadata"]["deletionTimestamp"] = one.body["metadata"]["creationTimestamp"]
         kube.say(f"{parts[1]} is to go")
+    return one.body
+
+
+def page(found: list[Any], query: dict[str, str]) -> dict[str, Any]:
+    first, limit = int(query.get("continue") or 0), int(query.get("limit") or len(found))
+    after = {"continue": str(first + limit)} if first + limit < len(found) else {}
+    return {"metadata": after, "items": found[first : first + limit]}
+
+
+def change(kube: Kube, one: Made, patch: list[dict[str, Any]]) -> Any:
+    """A JSON patch. No pod ends by it."""
+    for each in patch:
+        *path, last = each["path"].strip("/").split("/")
+        at: Any = one.body
+        for key in path:
+            at = at[int(key) if isinstance(at, list) else key]
+        at[last] = {"add": each.get("value")}[each["op"]]
+    kube.say(f"{one.body['metadata']['name']} changed")
     return one.body
 
 
@@ -90,8 +115,9 @@ def answer(kube: Kube, method: str, path: str, body: Any) -> tuple[int, Any]:
     """A status of 0 is none: the connection ends."""
     split = urlsplit(path)
     query = {key: values[0] for key, values in parse_qs(split.query).items()}
-    verb, parts = {"GET": "list", "POST": "create", "DELETE": "delete"}[method], split.path.strip("/").split("/")
+    parts = split.path.strip("/").split("/")
     namespace = parts.index("namespaces")
+    verb = VERBS[method] + ("collection" if method == "DELETE" and len(parts) == namespace + 3 else "")
     with kube.lock:
         kube.calls.append((time.time(), f"{verb} {parts[namespace + 2]}"))
         kube.hook(verb, "before")
@@ -101,7 +127,8 @@ def answer(kube: Kube, method: str, path: str, body: Any) -> tuple[int, Any]:
             return bad, failed
         try:
             if kube.settings.denied == verb:
-                said = f'rayclusters.ray.io is forbidden: User "me" cannot {verb} resource "rayclusters"'
+                kind = parts[namespace + 2]
+                said = f'{kind} is forbidden: User "me" cannot {verb} resource "{kind}"'
                 raise Refused(403, "Forbidden", f'{said} in the namespace "{parts[namespace + 1]}"')
             found = obey(kube, method, parts[namespace + 2 :], query, body)
         except Refused as refused:
@@ -130,7 +157,7 @@ def handler(kube: Kube) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             self.wfile.write(data)
 
-        do_GET = do_POST = do_DELETE = reply  # noqa: N815
+        do_GET = do_POST = do_PATCH = do_DELETE = reply  # noqa: N815
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -200,7 +227,7 @@ def overrides(kube: Kube) -> list[str]:
 def main() -> None:
     found: dict[str, Any] = dict(argument.split("=", 1) for argument in sys.argv[1:])
     for key, value in found.items():
-        if key in ("hosts", "dashboard"):
+        if key in ("hosts", "dashboard", "heeds"):
             found[key] = value == "true"
         elif key not in ("denied", "quota", "missing"):
             found[key] = int(value) if key == "free" else float(value)

@@ -45,10 +45,14 @@ class Pod:
     metadata: Any = None
     healthy: bool = False
     probed_at: float = 0.0
+    node: str = ""  # where it is
+    labels: dict[str, str] = field(default_factory=dict)  # besides those of its group
+    apart: str = ""  # its address where nothing runs
+    leaving: bool = False
 
     @property
     def ip(self) -> str:
-        return f"127.0.1.{self.number}" if self.number else NOWHERE
+        return f"127.0.1.{self.number}" if self.number else self.apart or NOWHERE
 
     @property
     def port(self) -> int:

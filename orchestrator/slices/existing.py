@@ -60,3 +60,8 @@ def joined(config: Config) -> set[str]:
         return set()
     whole = whole_slices(ray.nodes(), config.cluster.slice, config.slice.hosts)
     return {spots[0].slice_name for spots in whole}
+
+
+def is_alive(node_id: str) -> bool:
+    """Whether a node is in the cluster, as far as Ray knows. None is before this process is connected."""
+    return ray.is_initialized() and any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())

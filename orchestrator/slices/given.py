@@ -17,4 +17,4 @@ class Given:
 
 
 def avoided(spot: "Spot", why: str) -> None:
-    """The run goes around a bad host; whoever keeps the cluster replaces it: its owner, or KubeRay."""
+    """The run goes around a bad host; whoever keeps the cluster replaces it."""

@@ -1,12 +1,13 @@
 """cluster=gke as a run, or launch.cluster, has it: a RayCluster that KubeRay keeps, joined once its head is up."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -15,30 +16,43 @@ from orchestrator.cluster import Cluster, Gke
 from orchestrator.config import Config
 from orchestrator.interrupt import StoppedError
 from orchestrator.slices import existing, guest, kube
-from orchestrator.slices.given import Given, avoided
+from orchestrator.slices.given import Given
 from orchestrator.slices.head import listens
 from orchestrator.slices.raycluster import raycluster
 from orchestrator.slices.upkeep import Provider, RefusedError, Upkeep, kept
 from orchestrator.slices.wanted import Ask, Wanted, owner_label
 from orchestrator.topology import slice_type
 
+if TYPE_CHECKING:
+    from orchestrator.placement import Spot
+
 FOREVER_S = float("inf")  # there is no other place to ask
 REACH_S = 30.0  # for a head that is ready to answer here
 SAY_EVERY_S = 60.0
 
 
-def opened(config: Config, owner: str, joined: Callable[[], set[str]] = set) -> Provider:
+def opened(
+    config: Config, owner: str, joined: Callable[[], set[str]] = set, alive: Callable[[str], bool] = lambda _: True
+) -> Provider:
     """What an owner may ask of it. Raises ConfigError where there are no credentials.
 
-    joined: is not looked at, as KubeRay replaces hosts that do not come.
+    joined: is not looked at, as KubeRay replaces hosts that do not come. alive: whether a node is in the Ray cluster;
+    once a host's is not, its address may be another's.
     """
     cluster, gke = config.cluster, section(config)
-    api = kube.api(gke)
+    api, tried = kube.api(gke), set[str]()
 
     def ask(asked: Ask) -> None:
         kube.ask(api, raycluster(cluster, gke, owner, asked.name))
 
-    return Provider(partial(kube.look, api), ask, partial(kube.give_back, api), joined, "gke")
+    def replace(spot: "Spot") -> str:
+        if not alive(spot.node_id):
+            return ""
+        again = spot.node_id in tried
+        tried.add(spot.node_id)
+        return kube.replace_host(api, owner, spot.ip, again)
+
+    return Provider(partial(kube.look, api), ask, partial(kube.give_back, api), joined, "gke", replace)
 
 
 def section(config: Config) -> Gke:
@@ -46,9 +60,9 @@ def section(config: Config) -> Gke:
     return config.cluster.gke
 
 
-def upkeep(config: Config, owner: str) -> Upkeep:
+def upkeep(config: Config, owner: str, alive: Callable[[str], bool] = lambda _: True) -> Upkeep:
     gke = section(config)
-    return Upkeep(wanted(config.cluster, gke, owner), opened(config, owner), gke.poll_s, FOREVER_S)
+    return Upkeep(wanted(config.cluster, gke, owner), opened(config, owner, alive=alive), gke.poll_s, FOREVER_S)
 
 
 def wanted(cluster: Cluster, gke: Gke, owner: str) -> Wanted:
@@ -69,13 +83,13 @@ def connect(config: Config, tell: Callable[[str, str], None], asked: Callable[[]
     cluster = config.cluster
     assert config.run.id is not None
     owner = cluster.name or config.run.id
-    keeping = upkeep(config, owner)
+    keeping = upkeep(config, owner, existing.is_alive)
     with kept(keeping, cluster.keep or cluster.name is not None, tell) as given:
         at = wait_for_head(config, owner, given.repair, asked, tell)
         code = guest.job(Path(config.run.root).expanduser() / config.run.id / "code")
         keeping.head_answers = partial(listens, at)
         with guest.joined(at) as ip, existing.connected(at, ip=ip, job=code):
-            yield replace(given, discard=avoided, owns=lambda name: True)  # all of this Ray cluster is
+            yield dataclasses.replace(given, owns=lambda name: True)  # all of this Ray cluster is
 
 
 def wait_for_head(

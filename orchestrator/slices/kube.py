@@ -1,4 +1,6 @@
-"""RayClusters of a Kubernetes namespace, by Kubernetes' own client: ask for one, look at them, give one back."""
+"""RayClusters of a Kubernetes namespace, by Kubernetes' own client: ask for one, look at them, give one back, replace a
+host of one.
+"""
 
 import json
 import os
@@ -14,15 +16,17 @@ from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionErro
 
 from gemma.config import ConfigError
 from orchestrator.cluster import Gke
-from orchestrator.slices.raycluster import OURS, OWNER, condition, told, waits
+from orchestrator.slices.raycluster import OURS, OWNER, affinity, avoiding, condition, told, waits
 from orchestrator.slices.upkeep import RefusedError
-from orchestrator.slices.wanted import Request, State
+from orchestrator.slices.wanted import Request, State, owner_label
 
 CALL_TIMEOUT_S = 30.0
 PAGE = 500
 KIND = {"group": "ray.io", "version": "v1", "plural": "rayclusters"}
 GCS_PORT = 6379
 CLUSTER = "ray.io/cluster"  # KubeRay's label of a pod
+# And that of its slice: KubeRay's from 1.6 on, before that the web hook's.
+SLICES = "ray.io/worker-group-replica-name", "replicaIndex"
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,17 @@ def listed(api: Api, verb: Callable[..., Any], **given: Any) -> list[dict[str, A
     return list(json.loads(page.data)["items"])
 
 
+def every(api: Api, **given: Any) -> list[dict[str, Any]]:
+    """All pods, page by page."""
+    found, token = [], ""
+    while True:
+        verb = api.core.list_namespaced_pod
+        page = json.loads(call(api, verb, limit=PAGE, _continue=token, _preload_content=False, **given).data)
+        found += page["items"]
+        if not (token := page["metadata"].get("continue") or ""):
+            return found
+
+
 def created(found: Mapping[str, Any]) -> float:
     stamp = found["metadata"].get("creationTimestamp")
     return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp() if stamp else time.time()
@@ -176,3 +191,39 @@ def give_back(api: Api, request: Request) -> None:
     except RefusedError as refused:
         if getattr(refused.__cause__, "status", None) != 404:  # gone meanwhile
             raise
+
+
+def replace_host(api: Api, owner: str, ip: str, again: bool = False) -> str:
+    """Has KubeRay make the slice of the host with this address anew, on other nodes. Says so once that is under way;
+    nothing where no such host is there any more. again: it was tried before for this host.
+
+    The nodes of a slice are one pool, no part of which is of use without the rest: the scheduler would fill it but for
+    the bad one, and wait there for ever.
+    """
+    mine = f"{OURS},{OWNER}={owner_label(owner)},{CLUSTER}"
+    there = [pod for pod in every(api, label_selector=mine, field_selector=f"status.podIP={ip}") if stays(pod)]
+    if not there:
+        return ""
+    name, labels = there[0]["metadata"]["name"], there[0]["metadata"]["labels"]
+    cluster = f"{mine}={labels[CLUSTER]}"
+    chosen = {"label_selector": cluster, "field_selector": f"metadata.name={name}"}
+    if slice_label := next((label for label in SLICES if label in labels), ""):
+        chosen = {"label_selector": f"{cluster},{slice_label}={labels[slice_label]}"}
+    nodes = sorted({pod["spec"]["nodeName"] for pod in every(api, **chosen) if pod["spec"].get("nodeName")})
+    found = next((one for one in objects(api) if one["metadata"]["name"] == labels[CLUSTER]), None)
+    if found is None:
+        return ""
+    keeping_off = avoiding(affinity(found), nodes)
+    unheeded = not again and keeping_off == affinity(found)
+    # First of all, so that no new pod comes without. It alone ends no pod.
+    change = [{"op": "add", "path": "/spec/workerGroupSpecs/0/template/spec/affinity", "value": keeping_off}]
+    call(api, api.objects.patch_namespaced_custom_object, **KIND, name=labels[CLUSTER], body=change)
+    call(api, api.core.delete_collection_namespaced_pod, **chosen)
+    if unheeded:
+        said = "its RayCluster keeps off them already, but that was not heeded: kubectl cordon them"
+        return f"its slice on {', '.join(nodes)} is made anew; {said}"
+    return f"its slice is made anew, and keeps off {', '.join(nodes)}"
+
+
+def stays(pod: Mapping[str, Any]) -> bool:
+    return pod["status"].get("phase") == "Running" and not pod["metadata"].get("deletionTimestamp")

@@ -4,7 +4,8 @@ Sources: KubeRay's API (ray.io/v1, numOfHosts, status), its web hook for TPUs (T
 slice), and cloud.google.com/kubernetes-engine/docs/concepts/tpus (selectors, google.com/tpu).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from copy import deepcopy
 from importlib.metadata import version
 from typing import Any
 
@@ -15,6 +16,7 @@ from orchestrator.topology import CHIPS_PER_HOST, slice_type
 OURS = "gemma-orchestrator"  # a label of all that this software has asked for
 OWNER, SLICE, TOPOLOGY, CAPACITY = "gemma-owner", "gemma-slice", "gemma-topology", "gemma-capacity"
 SPOT = "cloud.google.com/gke-spot"
+HOSTNAME = "kubernetes.io/hostname"
 OBJECT_STORE_BYTES = 1 << 30  # what is large goes by other ways; Ray would take a third of the memory
 HEAD_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -111,6 +113,27 @@ def pod(gke: Gke, container: dict[str, Any], volumes: list[tuple[dict[str, Any],
 def alike(resources: dict[str, str]) -> dict[str, dict[str, str]]:
     """Asked for is what may be used: such pods are the last to be evicted."""
     return {"limits": resources, "requests": resources}
+
+
+def affinity(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of its TPU hosts' pods."""
+    return dict(found["spec"]["workerGroupSpecs"][0]["template"]["spec"].get("affinity") or {})
+
+
+def avoiding(affinity: Mapping[str, Any], nodes: Collection[str]) -> dict[str, Any]:
+    """The affinity of pods that keep off these nodes as well."""
+    made = deepcopy(dict(affinity))
+    required = made.setdefault("nodeAffinity", {}).setdefault("requiredDuringSchedulingIgnoredDuringExecution", {})
+    for term in required.setdefault("nodeSelectorTerms", [{}]):  # one that holds is enough
+        before, other = set[str](), []
+        for one in term.get("matchExpressions") or ():
+            if (one["key"], one["operator"]) == (HOSTNAME, "NotIn"):
+                before |= {*one["values"]}
+            else:
+                other.append(one)
+        off = {"key": HOSTNAME, "operator": "NotIn", "values": sorted({*before, *nodes})}
+        term["matchExpressions"] = [*other, off]
+    return made
 
 
 def told(found: Mapping[str, Any], why: str, since: float, hopeless: bool = False) -> Request:

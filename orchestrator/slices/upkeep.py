@@ -46,6 +46,7 @@ class Provider:
     give_back: Callable[[Request], None]
     joined: Callable[[], set[str]]  # the slices whose hosts are all in the Ray cluster
     kind: str = "gcp"  # as in cluster=gcp
+    replace: Callable[["Spot"], str] | None = None  # has a bad host replaced, and says how; else its slice goes
 
 
 @dataclass
@@ -59,7 +60,9 @@ class Upkeep:
     turned_down: dict[str, float] = field(default_factory=dict)  # zone: until then
     quotas: dict[str, str] = field(default_factory=dict)  # zone: what it said
     bad: dict[str, str] = field(default_factory=dict)  # slices to be replaced, and why
-    discarded: deque[tuple[str, str]] = field(default_factory=deque)  # by the run, not yet among the bad
+    discarded: deque[tuple["Spot", str]] = field(default_factory=deque)  # by the run, not yet seen to
+    unfit: dict[str, tuple["Spot", str]] = field(default_factory=dict)  # by node id: hosts that are to be replaced
+    replaced: set[str] = field(default_factory=set)  # by node id
     absent_since: dict[str, float] = field(default_factory=dict)  # ready, and not in the Ray cluster
     states: dict[str, State] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)  # why they are in that state
@@ -94,6 +97,27 @@ def step(upkeep: Upkeep) -> None:
             upkeep.provider.give_back(action.request)
         else:
             ask(upkeep, action, now)
+    if upkeep.provider.replace is not None:
+        replace_unfit(upkeep, upkeep.provider.replace)
+
+
+def replace_unfit(upkeep: Upkeep, replace: Callable[["Spot"], str]) -> None:
+    """What cannot be done now is done at another look: the rest goes on meanwhile."""
+    for node, (spot, why) in list(upkeep.unfit.items()):
+        if upkeep.ended.is_set():
+            return
+        name = f"host {spot.ip}"
+        try:
+            how = replace(spot)
+        except RefusedError as refused:
+            if upkeep.reasons.get(node) != str(refused):
+                upkeep.reasons[node] = str(refused)
+                upkeep.news.append((name, f"cannot be replaced now: {refused}"))
+            continue
+        upkeep.replaced.add(node)
+        del upkeep.unfit[node]
+        if how or node in upkeep.reasons:  # where an answer was lost, it may have been done all the same
+            upkeep.news.append((name, f"{how or 'is gone by now'}: {why}"))
 
 
 def ask(upkeep: Upkeep, action: Ask, now: float) -> None:
@@ -155,14 +179,17 @@ def note(upkeep: Upkeep, there: Sequence[Request], now: float) -> None:
         if now - since > upkeep.rejoin_s:
             upkeep.bad[name] = f"its hosts are not in the Ray cluster after {now - since:.0f} s"
     while upkeep.discarded:
-        name, why = upkeep.discarded.popleft()
-        upkeep.bad[name] = why
+        spot, why = upkeep.discarded.popleft()
+        if upkeep.provider.replace is None:
+            upkeep.bad[spot.slice_name] = f"its host {spot.ip} (worker {spot.worker_id}): {why}"
+        elif spot.node_id not in upkeep.replaced:
+            upkeep.unfit[spot.node_id] = spot, why
     upkeep.bad = {name: why for name, why in upkeep.bad.items() if name in upkeep.states}
 
 
 def discard(upkeep: Upkeep, spot: "Spot", why: str) -> None:
-    """At the next look a bad host's slice is given back for another. Called from the run's thread."""
-    upkeep.discarded.append((spot.slice_name, f"its host {spot.ip} (worker {spot.worker_id}): {why}"))
+    """At the next look a bad host is replaced, or its slice given back for another. Called from the run's thread."""
+    upkeep.discarded.append((spot, why))
 
 
 def loop(upkeep: Upkeep) -> None:
