@@ -34,7 +34,6 @@ class Settings:
     notice_s: float = 5.0
     hosts: bool = True
     dashboard: bool = False
-    heeds: bool = False
 
 
 @dataclass
@@ -48,6 +47,7 @@ class Made:
     taken_at: dict[int, float] = field(default_factory=dict)  # when a slice will be
     leaving: float | None = None  # since it was asked to go
     ready_at: float | None = None
+    sentries: list[dict[str, Any]] = field(default_factory=list)  # pods that were asked for, and keep others off
 
     @property
     def group(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def make_pods(kube: Kube, name: str, one: Made, used: int) -> None:
         fits = settings.free is None or used + index < settings.free
         waited = time.monotonic() - one.at >= settings.provision_s
         if index not in one.slices and fits and waited and settings.quota != "pods" and is_up(kube, one.head):
-            if (pool := pool_for(kube, group)) is not None:
+            if (pool := pool_for(kube, name, group)) is not None:
                 one.slices[index] = make_workers(kube, name, one, index, pool)
                 kube.say(f"{name} slice {index} has its nodes")
         elif index in one.taken_at and time.monotonic() >= one.taken_at[index]:
@@ -121,22 +121,45 @@ def make_pods(kube: Kube, name: str, one: Made, used: int) -> None:
             kube.say(f"{name} slice {index} was taken away")
 
 
-def pool_for(kube: Kube, group: Mapping[str, Any]) -> str | None:
+def pool_for(kube: Kube, name: str, group: Mapping[str, Any]) -> str | None:
     """The pool of nodes to which the scheduler brings a slice's pods, one by one: all of them go where the first does.
-    None where they wait there, as some of its nodes are not allowed.
+    None where they wait there, as some of its nodes are not allowed. Their own affinity is the web hook's.
     """
-    spec = group["template"]["spec"]
-    node_affinity = ((spec.get("affinity") or {}).get("nodeAffinity") or {}).get(REQUIRED) or {}
-    terms = [term["matchExpressions"] for term in node_affinity.get("nodeSelectorTerms") or ()]
-    if group["numOfHosts"] > 1 and not kube.settings.heeds:
-        terms = []  # the web hook gives the pods another affinity
-    used = {pod.node.rpartition("-")[0] for one in kube.made.values() for pod in one.pods}
+    labels = {"ray.io/cluster": name, "ray.io/node-type": "worker"}
+    used = {pool_of(pod.node) for one in kube.made.values() for pod in one.pods}
     for pool in (f"pool-{n}" for n in range(POOLS)):
         nodes = [f"{pool}-{host}" for host in range(group["numOfHosts"])]
-        allowed = [not terms or any(all(node not in one["values"] for one in term) for term in terms) for node in nodes]
+        allowed = [not any(repels(sentry, node, labels) for sentry in sentries(kube)) for node in nodes]
         if pool not in used and any(allowed):
             return pool if all(allowed) else None
     return None
+
+
+def sentries(kube: Kube) -> list[dict[str, Any]]:
+    return [pod for one in kube.made.values() for pod in one.sentries]
+
+
+def repels(pod: dict[str, Any], node: str, labels: Mapping[str, str]) -> bool:
+    """Whether a pod that is there keeps one with these labels off a node."""
+    (term,) = pod["spec"]["affinity"]["podAntiAffinity"][REQUIRED]
+    of = {"kubernetes.io/hostname": str, "cloud.google.com/gke-nodepool": pool_of}[term["topologyKey"]]
+    return of(node) == of(pod["spec"]["nodeName"]) and term["labelSelector"]["matchLabels"].items() <= labels.items()
+
+
+def pool_of(node: str) -> str:
+    return node.rpartition("-")[0]
+
+
+def create_pod(kube: Kube, pod: dict[str, Any]) -> bool:
+    """Whether there was none of its name. It goes with the RayCluster whose it is."""
+    (owner,) = pod["metadata"]["ownerReferences"]
+    one = kube.made[owner["name"]]
+    assert owner["uid"] == one.body["metadata"]["uid"]
+    new = pod["metadata"]["name"] not in {other["metadata"]["name"] for other in one.sentries}
+    if new:
+        one.sentries.append(pod)
+        kube.say(f"{pod['metadata']['name']} on {pod['spec']['nodeName']}")
+    return new
 
 
 def make_workers(kube: Kube, name: str, one: Made, index: int, pool: str) -> list[Pod]:

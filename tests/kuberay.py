@@ -2,16 +2,15 @@
 Kubernetes' own client. The pods are processes here.
 
 python -m tests.kuberay [provision_s=1] [free=SLICES] [quota=pods|objects] [denied=VERB] [missing=image|operator]
-                        [trouble=0.2] [preempt_s=S] [notice_s=5] [hosts=true] [dashboard=false] [heeds=false]
+                        [trouble=0.2] [preempt_s=S] [notice_s=5] [hosts=true] [dashboard=false]
 
 Prints the overrides with which launch.train uses it, and what it has been asked for as it goes. Ends with Ctrl-C.
 
 free: there are nodes for so many slices, the pods of others wait. quota: there is none for their pods, or for
-RayClusters. denied: one of create, list, patch, delete, deletecollection is forbidden. missing: their image, or the
+RayClusters. denied: one of create, list, delete, deletecollection is forbidden. missing: their image, or the
 operator. trouble: this share of calls fails with 500s or is not answered, half of them after they were obeyed.
 preempt_s: the first slice of the first RayCluster is taken away so long after it was there, notice_s after its hosts
-were told; KubeRay makes it anew. dashboard: the Ray heads have one. heeds: the pods of slices of several hosts keep
-the node affinity that they are given, which GKE's web hook replaces.
+were told; KubeRay makes it anew. dashboard: the Ray heads have one.
 """
 
 import json
@@ -36,7 +35,7 @@ from tests import pods
 from tests.kube import Kube, Made, Settings
 
 TICK_S = 0.02
-VERBS = {"GET": "list", "POST": "create", "PATCH": "patch", "DELETE": "delete"}
+VERBS = {"GET": "list", "POST": "create", "DELETE": "delete"}
 
 
 class Refused(Exception):  # noqa: N818
@@ -50,6 +49,10 @@ def obey(kube: Kube, method: str, parts: list[str], query: dict[str, str], body:
     if parts[0] == "events":
         return {"metadata": {}, "items": events(kube)}
     if parts[0] == "pods":
+        if method == "POST":
+            if not kubes.create_pod(kube, body):
+                raise Refused(409, "AlreadyExists", f'pods "{body["metadata"]["name"]}" already exists')
+            return body
         found = kubes.select(kubes.all_pods(kube), query)
         if method == "DELETE":
             kubes.delete_pods(kube, {pod["metadata"]["name"] for pod in found})
@@ -64,8 +67,6 @@ def obey(kube: Kube, method: str, parts: list[str], query: dict[str, str], body:
     if parts[1] not in kube.made:
         raise Refused(404, "NotFound", f'rayclusters.ray.io "{parts[1]}" not found')
     one = kube.made[parts[1]]
-    if method == "PATCH":
-        return change(kube, one, body)
     if one.leaving is None:
         one.leaving = time.monotonic()
         one.body["metadata"]["deletionTimestamp"] = one.body["metadata"]["creationTimestamp"]
@@ -79,18 +80,6 @@ def page(found: list[Any], query: dict[str, str]) -> dict[str, Any]:
     return {"metadata": after, "items": found[first : first + limit]}
 
 
-def change(kube: Kube, one: Made, patch: list[dict[str, Any]]) -> Any:
-    """A JSON patch. No pod ends by it."""
-    for each in patch:
-        *path, last = each["path"].strip("/").split("/")
-        at: Any = one.body
-        for key in path:
-            at = at[int(key) if isinstance(at, list) else key]
-        at[last] = {"add": each.get("value")}[each["op"]]
-    kube.say(f"{one.body['metadata']['name']} changed")
-    return one.body
-
-
 def create(kube: Kube, body: Any) -> Any:
     name = body["metadata"]["name"]
     if kube.settings.quota == "objects":
@@ -98,6 +87,7 @@ def create(kube: Kube, body: Any) -> Any:
         raise Refused(403, "Forbidden", f'rayclusters.ray.io "{name}" is forbidden: {said}')
     if name in kube.made:
         raise Refused(409, "AlreadyExists", f'rayclusters.ray.io "{name}" already exists')
+    body["metadata"]["uid"] = f"uid-of-{name}"
     body["metadata"]["creationTimestamp"] = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     kube.made[name] = Made(body, time.monotonic())
     kube.say(f"{name} asked for")
@@ -157,7 +147,7 @@ def handler(kube: Kube) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             self.wfile.write(data)
 
-        do_GET = do_POST = do_PATCH = do_DELETE = reply  # noqa: N815
+        do_GET = do_POST = do_DELETE = reply  # noqa: N815
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -227,7 +217,7 @@ def overrides(kube: Kube) -> list[str]:
 def main() -> None:
     found: dict[str, Any] = dict(argument.split("=", 1) for argument in sys.argv[1:])
     for key, value in found.items():
-        if key in ("hosts", "dashboard", "heeds"):
+        if key in ("hosts", "dashboard"):
             found[key] = value == "true"
         elif key not in ("denied", "quota", "missing"):
             found[key] = int(value) if key == "free" else float(value)

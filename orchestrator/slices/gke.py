@@ -40,17 +40,13 @@ def opened(
     once a host's is not, its address may be another's.
     """
     cluster, gke = config.cluster, section(config)
-    api, tried = kube.api(gke), set[str]()
+    api = kube.api(gke)
 
     def ask(asked: Ask) -> None:
         kube.ask(api, raycluster(cluster, gke, owner, asked.name))
 
     def replace(spot: "Spot") -> str:
-        if not alive(spot.node_id):
-            return ""
-        again = spot.node_id in tried
-        tried.add(spot.node_id)
-        return kube.replace_host(api, owner, spot.ip, again)
+        return kube.replace_host(api, owner, spot.ip) if alive(spot.node_id) else ""
 
     return Provider(partial(kube.look, api), ask, partial(kube.give_back, api), joined, "gke", replace)
 

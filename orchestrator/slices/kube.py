@@ -16,7 +16,7 @@ from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionErro
 
 from gemma.config import ConfigError
 from orchestrator.cluster import Gke
-from orchestrator.slices.raycluster import OURS, OWNER, affinity, avoiding, condition, told, waits
+from orchestrator.slices.raycluster import CLUSTER, OURS, OWNER, condition, sentry, told, waits
 from orchestrator.slices.upkeep import RefusedError
 from orchestrator.slices.wanted import Request, State, owner_label
 
@@ -24,8 +24,7 @@ CALL_TIMEOUT_S = 30.0
 PAGE = 500
 KIND = {"group": "ray.io", "version": "v1", "plural": "rayclusters"}
 GCS_PORT = 6379
-CLUSTER = "ray.io/cluster"  # KubeRay's label of a pod
-# And that of its slice: KubeRay's from 1.6 on, before that the web hook's.
+# A pod's label of its slice: KubeRay's from 1.6 on, before that the web hook's.
 SLICES = "ray.io/worker-group-replica-name", "replicaIndex"
 
 
@@ -193,36 +192,29 @@ def give_back(api: Api, request: Request) -> None:
             raise
 
 
-def replace_host(api: Api, owner: str, ip: str, again: bool = False) -> str:
+def replace_host(api: Api, owner: str, ip: str) -> str:
     """Has KubeRay make the slice of the host with this address anew, on other nodes. Says so once that is under way;
-    nothing where no such host is there any more. again: it was tried before for this host.
-
-    The nodes of a slice are one pool, no part of which is of use without the rest: the scheduler would fill it but for
-    the bad one, and wait there for ever.
+    nothing where no such host is there any more.
     """
     mine = f"{OURS},{OWNER}={owner_label(owner)},{CLUSTER}"
     there = [pod for pod in every(api, label_selector=mine, field_selector=f"status.podIP={ip}") if stays(pod)]
     if not there:
         return ""
-    name, labels = there[0]["metadata"]["name"], there[0]["metadata"]["labels"]
-    cluster = f"{mine}={labels[CLUSTER]}"
-    chosen = {"label_selector": cluster, "field_selector": f"metadata.name={name}"}
-    if slice_label := next((label for label in SLICES if label in labels), ""):
-        chosen = {"label_selector": f"{cluster},{slice_label}={labels[slice_label]}"}
-    nodes = sorted({pod["spec"]["nodeName"] for pod in every(api, **chosen) if pod["spec"].get("nodeName")})
-    found = next((one for one in objects(api) if one["metadata"]["name"] == labels[CLUSTER]), None)
+    node, metadata = there[0]["spec"]["nodeName"], there[0]["metadata"]
+    found = next((one for one in objects(api) if one["metadata"]["name"] == metadata["labels"][CLUSTER]), None)
     if found is None:
         return ""
-    keeping_off = avoiding(affinity(found), nodes)
-    unheeded = not again and keeping_off == affinity(found)
-    # First of all, so that no new pod comes without. It alone ends no pod.
-    change = [{"op": "add", "path": "/spec/workerGroupSpecs/0/template/spec/affinity", "value": keeping_off}]
-    call(api, api.objects.patch_namespaced_custom_object, **KIND, name=labels[CLUSTER], body=change)
+    try:
+        call(api, api.core.create_namespaced_pod, body=sentry(found, node))
+    except RefusedError as refused:
+        if getattr(refused.__cause__, "status", None) != 409:  # it stands there
+            raise
+    chosen = {"label_selector": mine, "field_selector": f"metadata.name={metadata['name']}"}
+    if label := next((label for label in SLICES if label in metadata["labels"]), ""):
+        cluster = f"{mine}={metadata['labels'][CLUSTER]}"
+        chosen = {"label_selector": f"{cluster},{label}={metadata['labels'][label]}"}
     call(api, api.core.delete_collection_namespaced_pod, **chosen)
-    if unheeded:
-        said = "its RayCluster keeps off them already, but that was not heeded: kubectl cordon them"
-        return f"its slice on {', '.join(nodes)} is made anew; {said}"
-    return f"its slice is made anew, and keeps off {', '.join(nodes)}"
+    return f"its slice is made anew, and keeps off {node}"
 
 
 def stays(pod: Mapping[str, Any]) -> bool:

@@ -4,8 +4,8 @@ Sources: KubeRay's API (ray.io/v1, numOfHosts, status), its web hook for TPUs (T
 slice), and cloud.google.com/kubernetes-engine/docs/concepts/tpus (selectors, google.com/tpu).
 """
 
-from collections.abc import Collection, Mapping
-from copy import deepcopy
+from collections.abc import Mapping
+from hashlib import sha256
 from importlib.metadata import version
 from typing import Any
 
@@ -16,7 +16,8 @@ from orchestrator.topology import CHIPS_PER_HOST, slice_type
 OURS = "gemma-orchestrator"  # a label of all that this software has asked for
 OWNER, SLICE, TOPOLOGY, CAPACITY = "gemma-owner", "gemma-slice", "gemma-topology", "gemma-capacity"
 SPOT = "cloud.google.com/gke-spot"
-HOSTNAME = "kubernetes.io/hostname"
+HOSTNAME, POOL = "kubernetes.io/hostname", "cloud.google.com/gke-nodepool"  # labels of nodes
+CLUSTER = "ray.io/cluster"  # KubeRay's label of a pod
 OBJECT_STORE_BYTES = 1 << 30  # what is large goes by other ways; Ray would take a third of the memory
 HEAD_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -115,25 +116,36 @@ def alike(resources: dict[str, str]) -> dict[str, dict[str, str]]:
     return {"limits": resources, "requests": resources}
 
 
-def affinity(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Of its TPU hosts' pods."""
-    return dict(found["spec"]["workerGroupSpecs"][0]["template"]["spec"].get("affinity") or {})
+def sentry(found: Mapping[str, Any], node: str) -> dict[str, Any]:
+    """A pod on a node with a bad host, which keeps this RayCluster's TPU hosts off it, and off the rest of its slice.
 
-
-def avoiding(affinity: Mapping[str, Any], nodes: Collection[str]) -> dict[str, Any]:
-    """The affinity of pods that keep off these nodes as well."""
-    made = deepcopy(dict(affinity))
-    required = made.setdefault("nodeAffinity", {}).setdefault("requiredDuringSchedulingIgnoredDuringExecution", {})
-    for term in required.setdefault("nodeSelectorTerms", [{}]):  # one that holds is enough
-        before, other = set[str](), []
-        for one in term.get("matchExpressions") or ():
-            if (one["key"], one["operator"]) == (HOSTNAME, "NotIn"):
-                before |= {*one["values"]}
-            else:
-                other.append(one)
-        off = {"key": HOSTNAME, "operator": "NotIn", "values": sorted({*before, *nodes})}
-        term["matchExpressions"] = [*other, off]
-    return made
+    To say so in their template would not do: the web hook gives pods of slices of several hosts another affinity. But
+    the scheduler heeds that of pods which are there already, against those that come.
+    """
+    metadata, group = found["metadata"], found["spec"]["workerGroupSpecs"][0]
+    owner = {"apiVersion": found["apiVersion"], "kind": found["kind"], "name": metadata["name"], "uid": metadata["uid"]}
+    hosts = {CLUSTER: metadata["name"], "ray.io/node-type": "worker"}
+    where = POOL if group["numOfHosts"] > 1 else HOSTNAME
+    term = {"labelSelector": {"matchLabels": hosts}, "topologyKey": where}
+    image = group["template"]["spec"]["containers"][0]["image"]  # it is on that node
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": f"{metadata['name']}-off-{sha256(node.encode()).hexdigest()[:8]}",
+            "labels": metadata["labels"],
+            "annotations": {"cluster-autoscaler.kubernetes.io/safe-to-evict": "true"},  # it goes with its node
+            "ownerReferences": [owner],  # and with the RayCluster
+        },
+        "spec": {
+            "nodeName": node,  # no scheduler is asked: the hosts are there still, which it would keep off
+            "tolerations": [{"operator": "Exists"}],
+            "affinity": {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}},
+            "automountServiceAccountToken": False,
+            "terminationGracePeriodSeconds": 1,
+            "containers": [{"name": "sentry", "image": image, "command": ["sleep", "infinity"]}],
+        },
+    }
 
 
 def told(found: Mapping[str, Any], why: str, since: float, hopeless: bool = False) -> Request:
