@@ -24,13 +24,13 @@ import orbax.checkpoint as ocp
 from gemma import checkpoint
 from gemma.config import Checkpoint
 from gemma.reports import Failed
-from gemma.slots import YIELDING
 from gemma.step import TrainState
 from gemma.votes import SaveFailedError, Votes, agree, here, of_this_process, told
 
 BUSY_S = 10.0  # training waits so long for the save before; then this one fails
 PROBE_S = 10.0  # for storage to take PROBE_BYTES
 PROBE_BYTES = 4096
+YIELDING = 19  # the thread's niceness, and that of those it starts
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 

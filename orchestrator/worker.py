@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gemma.trainer import Trainer
 
 GARBAGE = 50_000  # objects made before the collector looks at them
+SWITCH_S = 0.0005  # after which a thread that saves lets the one that trains go on; Python's own is ten times that
 # Left by an earlier attempt or slice they make the next one hang.
 STALE = ("MEGASCALE_", "TPU_PROCESS_", "TPU_VISIBLE_", "CLOUD_TPU_TASK_ID", "JAX_COORDINATOR", "XLA_FLAGS")
 
@@ -70,6 +71,7 @@ class Host:
         # What is imported stays: going through all of it would take the step, or a save, 50 ms now and then.
         gc.freeze()
         gc.set_threshold(GARBAGE)
+        sys.setswitchinterval(SWITCH_S)
         self.trainer: Trainer | None = None
         self.rank = 0
         self.notice: str | None = None
