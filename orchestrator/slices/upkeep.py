@@ -196,9 +196,10 @@ def loop(upkeep: Upkeep) -> None:
     wait_s = upkeep.poll_s
     while not upkeep.ended.wait(wait_s):
         try:
-            step(upkeep)
-            wait_s = upkeep.poll_s
             watch_head(upkeep)
+            if upkeep.silent_since is None:  # else a look at who has joined would wait for the head, for ever
+                step(upkeep)
+            wait_s = upkeep.poll_s
         except RefusedError as trouble:
             wait_s = min(2 * wait_s, WORST_WAIT_S)
             upkeep.news.append(("provider", f"{trouble}; again in {wait_s:.0f} s"))
