@@ -10,8 +10,9 @@ from pathlib import Path
 def source_digest() -> str:
     """Of every file of this package: a changed line is another program."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+    top = Path(__file__).parent
+    for path in sorted(top.rglob("*.py")):
+        digest.update(path.relative_to(top).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

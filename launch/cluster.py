@@ -16,13 +16,13 @@ from gemma.config import ConfigError
 from launch import detached
 from launch.command import CONF, arguments, main
 from orchestrator import config as configs
-from orchestrator import rundir, slices
 from orchestrator.config import Config
 from orchestrator.exit import Exit
-from orchestrator.slices import upkeep
+from orchestrator.record import rundir
+from orchestrator.slices import providers, upkeep
+from orchestrator.slices.topology import slice_type
 from orchestrator.slices.upkeep import Provider, RefusedError
 from orchestrator.slices.wanted import Request, State
-from orchestrator.topology import slice_type
 
 VERBS = ("up", "down", "list", "render")
 RETRY_S = 1.0
@@ -120,7 +120,7 @@ def looked(provider: Provider) -> Sequence[Request]:
 def show(config: Config) -> int:
     price, now, root = config.cluster.price_per_chip_hour, time.time(), config.run.root
     table = Table("slice", "zone", "type", "capacity", "state", "owner", "age", "chip-hours", "cost", box=None)
-    for request in sorted(looked(slices.provider(config).opened(config, "")), key=lambda r: (r.owner, r.since)):
+    for request in sorted(looked(providers.provider(config).opened(config, "")), key=lambda r: (r.owner, r.since)):
         hours = (now - request.since) / 3600
         chip_hours = hours * request.slices * slice_type(request.slice).chips
         waits = request.state is State.WAITING  # that costs nothing
@@ -145,7 +145,7 @@ def down(config: Config, run: str, orphans: bool, force: bool = False) -> int:
         raise ConfigError("down: give one of run=ID, cluster.name=NAME, orphans=true")
     if force and not run:
         raise ConfigError("force=true: goes with run=ID")
-    provider = slices.provider(config).opened(config, "")
+    provider = providers.provider(config).opened(config, "")
     if orphans:
         return down_orphans(config, provider)
     if not run:
@@ -202,7 +202,7 @@ def give_back(config: Config, provider: Provider, key: str, owner: str) -> int:
 
 
 def up(config: Config, owner: str) -> int:
-    kept = slices.provider(config).upkeep(config, owner)
+    kept = providers.provider(config).upkeep(config, owner)
     deadline = time.monotonic() + config.timeout.reserve_s
     with upkeep.kept(kept, keep=True, tell=tell) as given:
         while time.monotonic() < deadline:
@@ -220,7 +220,7 @@ def up(config: Config, owner: str) -> int:
 
 
 def render(config: Config, owner: str) -> int:
-    print(slices.provider(config).rendered(config, owner))
+    print(providers.provider(config).rendered(config, owner))
     return Exit.FINISHED
 
 

@@ -103,7 +103,7 @@ def convert(
     shard_bytes: int,
     tokenizer: Path | None,
 ) -> int:
-    from gemma import convert, folders, sources  # TensorStore: not before the arguments are known to be good
+    from gemma.weights import convert, folders, sources  # TensorStore: not before the arguments are known to be good
 
     started = time.monotonic()
     path, out = Path(own["from"]).expanduser(), Path(own["to"]).expanduser()

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma.config import ConfigError
-from orchestrator import rundir
-from orchestrator.cluster import HOST_PORT, dashboard_of
 from orchestrator.exit import Exit
-from orchestrator.rundir import Detached
+from orchestrator.record import rundir
+from orchestrator.record.rundir import Detached
+from orchestrator.slices.cluster import HOST_PORT, dashboard_of
 
 if TYPE_CHECKING:
     from orchestrator.jobs import Head, Job

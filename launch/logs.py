@@ -7,8 +7,8 @@ from pathlib import Path
 from gemma.config import ConfigError
 from launch import detached
 from launch.command import arguments, main
-from orchestrator import rundir
 from orchestrator.exit import Exit
+from orchestrator.record import rundir
 
 USAGE = f"""Show what a run's hosts printed in its newest attempt, and the stories of its failures.
 

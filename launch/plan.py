@@ -13,8 +13,8 @@ from rich.table import Table
 
 from gemma.config import ConfigError
 from launch.command import CONF, arguments, main
-from orchestrator import ahead, plan, search
 from orchestrator import config as configs
+from orchestrator.plan import ahead, plan, search
 
 USAGE = """Compile the train step for TPU v5p on a machine without TPUs: does it fit, how fast can it be.
 

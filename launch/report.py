@@ -7,9 +7,9 @@ from pathlib import Path
 from gemma.config import ConfigError
 from launch.command import arguments, main
 from launch.status import state
-from orchestrator import rundir
-from orchestrator.history import read
-from orchestrator.report_page import page
+from orchestrator.page.history import read
+from orchestrator.page.page import page
+from orchestrator.record import rundir
 
 USAGE = """Write a run as one HTML page that needs no network: curves, timeline, incidents, where its time went.
 

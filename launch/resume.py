@@ -6,10 +6,12 @@ from dataclasses import asdict, replace
 from gemma.config import ConfigError
 from launch import detached
 from launch.command import apply, arguments, main, process_started
-from orchestrator import change, preflight, rundir, source
+from orchestrator import change
 from orchestrator import config as configs
-from orchestrator.cluster import dashboard_of
 from orchestrator.interrupt import Interrupt
+from orchestrator.plan import preflight
+from orchestrator.record import rundir, source
+from orchestrator.slices.cluster import dashboard_of
 
 USAGE = """Go on with a run from its newest checkpoint.
 

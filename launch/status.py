@@ -7,7 +7,7 @@ from pathlib import Path
 from gemma.config import ConfigError
 from launch import detached
 from launch.command import arguments, main
-from orchestrator import rundir
+from orchestrator.record import rundir
 
 USAGE = f"""List runs: state, step, loss, goodput.
 

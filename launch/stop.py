@@ -11,8 +11,8 @@ from gemma.config import ConfigError
 from launch import detached
 from launch.command import arguments, main
 from launch.status import state
-from orchestrator import rundir
 from orchestrator.exit import Exit
+from orchestrator.record import rundir
 
 USAGE = f"""Stop a run: it finishes the steps in flight, saves and gives back its slices; launch.resume goes on with it.
 

@@ -14,9 +14,10 @@ from gemma.config import ConfigError
 from launch import detached
 from launch.command import CONF, MISTAKES, checked, main, process_started, tell
 from orchestrator import config as configs
-from orchestrator import manifest, preflight, rundir, source
 from orchestrator.exit import Exit
 from orchestrator.interrupt import Interrupt
+from orchestrator.plan import preflight
+from orchestrator.record import manifest, rundir, source
 
 NOT_THERE = ("detach", "run.id", "run.root", "cluster.dashboard")  # of the overrides, on the head
 codes: list[Exit] = []  # one a job; a sweep leaves with the worst

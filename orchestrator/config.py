@@ -26,9 +26,9 @@ from gemma.config import (
     require,
     require_at_least,
 )
-from orchestrator.cluster import NAME, Cluster
-from orchestrator.faults import Chaos
-from orchestrator.topology import Slice, slice_type
+from orchestrator.chaos.faults import Chaos
+from orchestrator.slices.cluster import NAME, Cluster
+from orchestrator.slices.topology import Slice, slice_type
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
 from gemma.config import ConfigError
-from orchestrator import source
 from orchestrator.exit import HOW, Exit
-from orchestrator.topology import NAME_LABEL
+from orchestrator.record import source
+from orchestrator.slices.topology import NAME_LABEL
 
 ANSWER_TIMEOUT_S = 5.0  # for a dashboard to show that it is there
 CALL_TIMEOUT_S = 60.0

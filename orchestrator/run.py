@@ -10,23 +10,28 @@ from pathlib import Path
 from typing import IO
 
 from gemma.config import ConfigError
-from gemma.reports import Opened
-from orchestrator import chaos, faults, fitness, recover, rewind, rundir, sites, slices
+from gemma.messages import Opened
 from orchestrator import config as configs
-from orchestrator import flight as flights
-from orchestrator import group as hosts
+from orchestrator.chaos import chaos, faults
 from orchestrator.config import Config
 from orchestrator.exit import HOW, Exit
-from orchestrator.flight import Flight
-from orchestrator.group import Group, HostsFailedError
+from orchestrator.hosts import fitness, sites
+from orchestrator.hosts import group as hosts
+from orchestrator.hosts.group import Group, HostsFailedError
+from orchestrator.hosts.memory import Attaching
+from orchestrator.hosts.sites import Site
 from orchestrator.interrupt import Interrupt, StoppedError
-from orchestrator.memory import Attaching
-from orchestrator.outcome import Evidence
-from orchestrator.policy import Failure, GiveUp, decide
-from orchestrator.progress import summary
-from orchestrator.report import Report, resume_command
-from orchestrator.saves import Saves
-from orchestrator.sites import Site
+from orchestrator.programs import flight as flights
+from orchestrator.programs import rewind
+from orchestrator.programs.flight import Flight
+from orchestrator.programs.saves import Saves
+from orchestrator.record import rundir
+from orchestrator.record.progress import summary
+from orchestrator.record.report import Report, resume_command
+from orchestrator.recovery import recover
+from orchestrator.recovery.outcome import Evidence
+from orchestrator.recovery.policy import Failure, GiveUp, decide
+from orchestrator.slices import providers
 from orchestrator.slices.upkeep import NoSlicesError
 
 WINDOWS_IN_FLIGHT = 2
@@ -76,7 +81,7 @@ def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) ->
     report.phase("reserve", "starting the cluster")
     try:
         with (
-            slices.connect(config, report.provided, interrupt.asked) as given,
+            providers.connect(config, report.provided, interrupt.asked) as given,
             sites.opened(config, folder, given) as site,
         ):
             return attempt(config, folder, site, report, interrupt)

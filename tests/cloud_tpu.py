@@ -28,8 +28,8 @@ from google.longrunning import operations_pb2
 from google.protobuf import any_pb2, timestamp_pb2
 from google.rpc import code_pb2, status_pb2
 
-from orchestrator.slices import simulated
-from orchestrator.topology import slice_type
+from orchestrator.slices.simulated import simulated
+from orchestrator.slices.topology import slice_type
 from tests import machines
 from tests.cloud import Cloud, Given, Settings, States, tick, zone_of
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gemma import tokens
 from gemma.config import Checkpoint, Data, Eval, Guard, Mesh, Model, Optim, Profile, Program, Train
+from gemma.text import tokens
 from tests import existing_cluster as existing
 from tests.runs import RUN, finish, launch
 from tests.small_text import TEXTS, VOCAB, config, write_jsonl

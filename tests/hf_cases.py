@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from gemma import layout
 from gemma.config import Model
+from gemma.weights import layout
 
 GOLDENS = Path(__file__).parent / "hf_goldens.npz"
 PROBES = 3  # of each tensor's gradient: sums under signs drawn by number

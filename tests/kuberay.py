@@ -29,7 +29,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
-from orchestrator.slices import simulated
+from orchestrator.slices.simulated import simulated
 from tests import kube as kubes
 from tests import pods
 from tests.kube import Kube, Made, Settings

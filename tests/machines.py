@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.slices import simulated
-from orchestrator.slices.reaper import kill_groups
+from orchestrator.slices.simulated import simulated
+from orchestrator.slices.simulated.reaper import kill_groups
 from tests import metadata_server
 
 FIRST = 11  # addresses 127.0.1.11 and up: the head has 127.0.1.1

@@ -22,11 +22,11 @@ def pretend_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the kernels be traced where there is no GPU."""
     from tokamax._src import gpu_utils
 
-    from gemma import hopper
+    from gemma.model import attention_gpu
 
     for name in ("is_sm90", "has_mosaic_gpu_support"):
         monkeypatch.setattr(gpu_utils, name, lambda device=None: True)
-    monkeypatch.setattr(hopper, "available", lambda: True)
+    monkeypatch.setattr(attention_gpu, "available", lambda: True)
 
 
 def interpret(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> Any:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.slices import simulated
-from orchestrator.slices.reaper import kill_groups
+from orchestrator.slices.simulated import simulated
+from orchestrator.slices.simulated.reaper import kill_groups
 from tests import metadata_server
 
 FIRST = 21  # addresses 127.0.1.21 and up

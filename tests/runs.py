@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator import rundir
+from orchestrator.record import rundir
 
 TOP = Path(__file__).parents[1]
 DEADLINE_S = 240.0

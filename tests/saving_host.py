@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint._src.path import atomicity
 
-from gemma import saving
+from gemma.checkpoint import saving
 from gemma.config import Checkpoint
 
 WORDS = 1 << 18

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma import blocked, splash
-from gemma.attention import plain
+from gemma.model import attention_cpu, attention_tpu
+from gemma.model.attention import plain
 
 CAP = 2.0  # bites: the logits below reach well beyond it
 Attend = Callable[..., jax.Array]
@@ -43,7 +43,7 @@ def outputs(attend: Attend, inputs: tuple[jax.Array, ...], window: int | None, c
 @pytest.mark.parametrize("heads", [(4, 2), (2, 2), (4, 1)], ids=str)
 def test_splash_equals_plain(window: int | None, heads: tuple[int, int]) -> None:
     inputs = draw(300, *heads)
-    got = outputs(partial(splash.attend, interpret=True), inputs, window)
+    got = outputs(partial(attention_tpu.attend, interpret=True), inputs, window)
     for ours, want in zip(got, outputs(plain, inputs, window), strict=True):
         np.testing.assert_allclose(ours, want, atol=3e-5)
 
@@ -52,5 +52,5 @@ def test_splash_equals_plain(window: int | None, heads: tuple[int, int]) -> None
 @pytest.mark.parametrize("heads", [(4, 2), (2, 2), (4, 1)], ids=str)
 def test_blocked_equals_plain(window: int | None, heads: tuple[int, int]) -> None:
     inputs = draw(300, *heads)
-    for ours, want in zip(outputs(blocked.attend, inputs, window), outputs(plain, inputs, window), strict=True):
+    for ours, want in zip(outputs(attention_cpu.attend, inputs, window), outputs(plain, inputs, window), strict=True):
         np.testing.assert_allclose(ours, want, atol=3e-5)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from gemma.config import ConfigError
-from orchestrator import rundir
-from orchestrator.faults import Chaos, Fault, plan
+from orchestrator.chaos.faults import Chaos, Fault, plan
+from orchestrator.record import rundir
 from tests.runs import assert_same_run, finish, goodput, launch, losses
 
 STEPS = 300

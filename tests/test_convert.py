@@ -9,9 +9,9 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
-from gemma import convert, layout
-from gemma.sources import DTYPES, Resized, Source, open_source
-from gemma.weights import load_hf
+from gemma.model.load import load_hf
+from gemma.weights import convert, layout
+from gemma.weights.sources import DTYPES, Resized, Source, open_source
 from launch.convert import work
 from tests import hf_cases
 

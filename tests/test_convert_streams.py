@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma import hf, layout
 from gemma.config import Model
+from gemma.weights import hf, layout
 from tests import hf_cases
 
 TOP = Path(__file__).parents[1]

@@ -2,8 +2,8 @@
 
 import math
 
-from orchestrator.curves import Curve, columns, limits, runs
-from orchestrator.svg import Scale, short, ticks
+from orchestrator.page.curves import Curve, columns, limits, runs
+from orchestrator.page.svg import Scale, short, ticks
 
 FALLING = [(step, 2.0 + 10.0 / step) for step in range(1, 201)]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma import data, tokens
 from gemma.config import ConfigError
-from gemma.tokenizer import PAD
+from gemma.text import data, tokens
+from gemma.text.tokenizer import PAD
 from tests.small_text import BATCH, SEQUENCE, config
 
 

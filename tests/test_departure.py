@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import ray
 
-from orchestrator import metadata, rundir, sites
-from orchestrator.keeper import NOTICE, Held, Keeper
+from orchestrator.hosts import sites
+from orchestrator.hosts.keeper import NOTICE, Held, Keeper
+from orchestrator.record import rundir
+from orchestrator.slices import metadata
 from orchestrator.slices.given import Given, avoided
 from tests import existing_cluster, metadata_server
 from tests.runs import RUN, STEPS, assert_same_run, finish, goodput, launch, wait_for_step

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from gemma.config import ConfigError
-from orchestrator import preflight, rundir, source
+from orchestrator.plan import preflight
+from orchestrator.record import rundir, source
 from tests import cloud_tpu, existing_cluster, metadata_server
 from tests.cloud import Settings
 from tests.runs import event_names
@@ -89,7 +90,7 @@ def test_a_run_outlives_who_submitted_it_and_is_watched_stopped_and_resumed_from
     from orchestrator import jobs
 
     folder, cluster = place.root / "away", f"cluster.dashboard={place.dashboard}"
-    (place.checkout / "orchestrator/bars.py").open("a").write("# a change\n")
+    (place.checkout / "orchestrator/page/bars.py").open("a").write("# a change\n")
     (place.checkout / "orchestrator/fresh.py").write_text("# a new file\n")
     commit = git(place.checkout, "rev-parse", "HEAD")
     where = ["cluster=ray", f"cluster.address={place.address}", cluster, "detach=true", f"run.root={place.root}"]
@@ -98,7 +99,7 @@ def test_a_run_outlives_who_submitted_it_and_is_watched_stopped_and_resumed_from
     assert f"run away: on the head of {place.dashboard}, in {folder}" in done.stdout
 
     # What is changed after the submission does not run.
-    for name in ("gemma/step.py", "gemma/trainer.py", "orchestrator/group.py"):
+    for name in ("gemma/train/step.py", "gemma/train/trainer.py", "orchestrator/hosts/group.py"):
         (place.checkout / name).write_text("raise SystemExit('not the code that was submitted')\n")
     wait_for(lambda: newest(folder) >= 3, "step 3")
     git(place.checkout, "checkout", "-q", "--", ".")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator import rundir
+from orchestrator.record import rundir
 from tests.runs import SMALL, assert_same_run, event_names, finish, goodput, launch, losses, wait_for, wait_for_step
 
 STEPS = 40
@@ -194,7 +194,7 @@ import builtins, os, signal, sys
 real = builtins.__import__
 def hooked(name, *args, **kwargs):
     module = real(name, *args, **kwargs)
-    data = sys.modules.get("gemma.data")
+    data = sys.modules.get("gemma.train.data")
     if data is not None and hasattr(data, "open_dataset") and not hasattr(data, "broken"):
         data.broken, read = True, data.Dataset.train_rows
         def train_rows(self, step, start, stop):

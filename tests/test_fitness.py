@@ -8,16 +8,17 @@ import jax
 import numpy as np
 import pytest
 
-from gemma import fitness as looking
-from gemma import sums
-from gemma.reports import Found
-from orchestrator import rundir, sites
+from gemma.checkpoint import checksums
+from gemma.messages import Found
+from gemma.train import fitness as looking
 from orchestrator.config import Fitness
-from orchestrator.fitness import Unfit, blamed, judge, misled
-from orchestrator.outcome import Evidence
-from orchestrator.placement import Spot, whole_slices
+from orchestrator.hosts import sites
+from orchestrator.hosts.fitness import Unfit, blamed, judge, misled
+from orchestrator.hosts.placement import Spot, whole_slices
+from orchestrator.record import rundir
+from orchestrator.recovery.outcome import Evidence
 from orchestrator.slices.given import Given, avoided
-from orchestrator.topology import NAME_LABEL, RANK_LABEL, TYPE_LABEL
+from orchestrator.slices.topology import NAME_LABEL, RANK_LABEL, TYPE_LABEL
 from tests.test_config import config_of
 
 CHIPS = 4
@@ -116,7 +117,7 @@ def test_the_product_is_exact_so_right_is_one_value_whatever_the_chip(tmp_path: 
     a_IK, b_KJ = (np.asarray(looking.numbers(at, first, "int32"), np.int64) for first in (0, size * size))
     assert {a_IK.min(), a_IK.max()} == {-128, 127}
     product = jax.numpy.asarray(a_IK @ b_KJ, "float32")
-    expected = np.asarray(sums.part_sums(product, product.shape, ((), ()))).tobytes().hex()
+    expected = np.asarray(checksums.part_sums(product, product.shape, ((), ()))).tobytes().hex()
     assert set(looking.alone(8, 8, tmp_path).products) == {expected}
     mesh = looking.every_chip()
     as_on_chips = looking.multiplying(mesh, size, "bfloat16")(looking.salted(mesh, False))

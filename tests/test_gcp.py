@@ -10,7 +10,7 @@ import pytest
 
 from gemma.config import ConfigError
 from orchestrator.config import Config
-from orchestrator.placement import Spot
+from orchestrator.hosts.placement import Spot
 from orchestrator.slices import cloud, gcp, upkeep
 from orchestrator.slices.upkeep import NoSlicesError, Upkeep
 from orchestrator.slices.wanted import State

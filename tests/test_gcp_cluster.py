@@ -9,9 +9,10 @@ import pytest
 
 from gemma.config import ConfigError
 from launch import cluster, detached
-from orchestrator import jobs, rundir
+from orchestrator import jobs
 from orchestrator.config import Config
-from orchestrator.rundir import Detached
+from orchestrator.record import rundir
+from orchestrator.record.rundir import Detached
 from orchestrator.slices import cloud
 from orchestrator.slices.upkeep import Provider, RefusedError
 from orchestrator.slices.wanted import Ask, State

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator import rundir
+from orchestrator.record import rundir
 from orchestrator.slices import cloud, upkeep
 from orchestrator.slices.wanted import State
 from tests import cloud_tpu

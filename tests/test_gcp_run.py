@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import rundir
+from orchestrator.record import rundir
 from tests import cloud_tpu
 from tests.cloud import Settings, preempt
 from tests.runs import RUN, STEPS, assert_same_run, finish, launch, losses, orphaned_folders, wait_for_step

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.placement import Spot
+from orchestrator.hosts.placement import Spot
 from orchestrator.slices import gke, upkeep
 from orchestrator.slices.raycluster import raycluster, sentry
 from orchestrator.slices.upkeep import Upkeep

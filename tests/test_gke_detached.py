@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from orchestrator import source
+from orchestrator.record import source
 from tests import kube, kuberay
 from tests.test_detached import DEADLINE_S, RUN, launch, newest
 

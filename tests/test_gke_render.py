@@ -9,8 +9,8 @@ import yaml
 from gemma.config import ConfigError
 from orchestrator.config import Config, crossed
 from orchestrator.slices import gke
+from orchestrator.slices.topology import CHIPS_PER_HOST, TOPOLOGIES
 from orchestrator.slices.wanted import request_name
-from orchestrator.topology import CHIPS_PER_HOST, TOPOLOGIES
 from tests.runs import finish, launch
 from tests.test_config import container
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import rundir
-from orchestrator.slices.reaper import kill_groups
+from orchestrator.record import rundir
+from orchestrator.slices.simulated.reaper import kill_groups
 from tests import kuberay
 from tests.kube import Settings, preempt
 from tests.runs import (

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from orchestrator.goodput import BUCKETS, Ledger
+from orchestrator.record.goodput import BUCKETS, Ledger
 
 
 class Clock:

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma import aot, checkpoint, data, guard, step
+from gemma.checkpoint import disk
 from gemma.config import Guard, Mesh, Program
-from gemma.trainer import Trainer
+from gemma.train import aot, data, guard, step
+from gemma.train.trainer import Trainer
 from tests.small_text import TEXTS, config, write_jsonl
 
 OFF = Guard(action="skip", spike_sigmas=0.0, warmup=4, rollback_steps=1, budget=10)
@@ -183,10 +184,10 @@ def test_a_spike_is_skipped_once_it_is_looked_for(steps: Any) -> None:
 def test_a_restored_state_judges_as_the_saved_one(steps: Any, program: Program, tmp_path: Path) -> None:
     made = steps(ON, (2, 2, 2))
     saved, _ = made.after(*HEALTHY)
-    with checkpoint.open_manager(tmp_path, program.checkpoint) as manager:
-        checkpoint.save(manager, len(HEALTHY), jax.tree.map(jax.numpy.asarray, saved))
+    with disk.open_manager(tmp_path, program.checkpoint) as manager:
+        disk.save(manager, len(HEALTHY), jax.tree.map(jax.numpy.asarray, saved))
         manager.wait_until_finished()
-        restored = checkpoint.restore(manager, len(HEALTHY), made.functions.state)
+        restored = disk.restore(manager, len(HEALTHY), made.functions.state)
     assert_same_bits(saved, jax.device_get(restored))
     assert made.after((9, LARGE), state=restored)[1][0]["ok"] == 0.0
     assert made.after((9, LARGE))[1][0]["ok"] == 1.0  # a fresh state knows no spike

@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from gemma import layout
 from gemma.config import Model
-from gemma.loss import cross_entropy_sum
-from gemma.model import Gemma
-from gemma.weights import load_hf
+from gemma.model.load import load_hf
+from gemma.model.transformer import Gemma
+from gemma.train.loss import cross_entropy_sum
+from gemma.weights import layout
 from tests import hf_cases
 
 MISTAKES: dict[str, Callable[[Model], Model]] = {

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from gemma import flops, hlo, v5p
-from gemma.hlo_cost import Place, axes_of, bandwidth, cost, groups_of, pairs
+from gemma.plan import flops, hlo, v5p
+from gemma.plan.hlo_cost import Place, axes_of, bandwidth, cost, groups_of, pairs
 
 LOOP = """HloModule jit_update, is_scheduled=true
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gemma import hopper
-from gemma.attention import attend, plain, visible
 from gemma.config import Model
-from gemma.model import Gemma
+from gemma.model import attention_gpu
+from gemma.model.attention import attend, plain, visible
+from gemma.model.transformer import Gemma
 from tests.mosaic_on_cpu import interpret, pretend_hopper
 from tests.test_attention import draw
 
@@ -31,7 +31,9 @@ def installed() -> str | None:
         return None
 
 
-needs_tokamax = pytest.mark.skipif(installed() != hopper.TOKAMAX, reason=f"tokamax {hopper.TOKAMAX} is not installed")
+needs_tokamax = pytest.mark.skipif(
+    installed() != attention_gpu.TOKAMAX, reason=f"tokamax {attention_gpu.TOKAMAX} is not installed"
+)
 
 
 def half(T: int, heads: tuple[int, int], H: int, dtype: str) -> tuple[jax.Array, ...]:
@@ -44,7 +46,7 @@ def half(T: int, heads: tuple[int, int], H: int, dtype: str) -> tuple[jax.Array,
 def test_keys_from_first_seen_are_those_visible(window: int | None) -> None:
     segment_BT = draw(300)[3]
     time_T = jnp.arange(300)
-    first_BT = hopper.first_seen(segment_BT, window)
+    first_BT = attention_gpu.first_seen(segment_BT, window)
     seen_BTS = (first_BT[:, :, None] <= time_T) & (time_T <= time_T[:, None])
     np.testing.assert_array_equal(seen_BTS, visible(segment_BT, window))
 
@@ -55,7 +57,7 @@ def test_keys_from_first_seen_are_those_visible(window: int | None) -> None:
 def test_a_gpu_that_the_kernels_do_not_serve_computes_by_xla(
     dtype: str, H: int, hopper_here: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hopper, "available", lambda: hopper_here)
+    monkeypatch.setattr(attention_gpu, "available", lambda: hopper_here)
     inputs = half(70, (2, 1), H, dtype)
     kwargs = {"window": 40, "cap": CAP}
     lowered = [jax.jit(partial(attend, **kwargs, platform=p)).lower(*inputs).as_text() for p in ("gpu", "cpu")]
@@ -67,11 +69,11 @@ def test_time_is_padded_to_whole_blocks_and_cut_again(monkeypatch: pytest.Monkey
         assert q.shape[1] == k.shape[1] == v.shape[1] == first_BT.shape[1] == 384
         return plain(q, k, v, first_BT, window=40, cap=cap)  # here a document is a first key
 
-    monkeypatch.setattr(hopper, "flash", flash)
+    monkeypatch.setattr(attention_gpu, "flash", flash)
     inputs = draw(300)
     want = plain(*inputs, window=40, cap=CAP)
-    monkeypatch.setattr(hopper, "first_seen", lambda segment_BT, _: segment_BT)
-    np.testing.assert_allclose(hopper.attend(*inputs, window=40, cap=CAP), want, atol=1e-6)
+    monkeypatch.setattr(attention_gpu, "first_seen", lambda segment_BT, _: segment_BT)
+    np.testing.assert_allclose(attention_gpu.attend(*inputs, window=40, cap=CAP), want, atol=1e-6)
 
 
 @needs_tokamax
@@ -96,12 +98,12 @@ def test_kernels_interpreted_equal_plain(
     T = 256
     q, k, v, segment_BT = half(T, heads, H, dtype)
     dout = jnp.asarray(np.random.default_rng(9).normal(size=q.shape), dtype)
-    first_BT = hopper.first_seen(segment_BT, window)
+    first_BT = attention_gpu.first_seen(segment_BT, window)
 
     @jax.jit
     def run() -> tuple[jax.Array, ...]:
-        out, residuals = hopper.forward(CAP, q, k, v, first_BT)
-        return out, *hopper.backward(CAP, residuals, dout)[:3]
+        out, residuals = attention_gpu.forward(CAP, q, k, v, first_BT)
+        return out, *attention_gpu.backward(CAP, residuals, dout)[:3]
 
     pretend_hopper(monkeypatch)
     got = interpret(monkeypatch, run)

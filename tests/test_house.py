@@ -9,20 +9,19 @@ from pathlib import Path
 import pytest
 
 TOP = Path(__file__).parents[1]
-LINES = 300
+LINES = 500
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
-# Of gemma/, what needs no JAX.
-PLAIN = {
-    *("gemma.analytic", "gemma.compile_ahead", "gemma.config", "gemma.corpus", "gemma.flops", "gemma.reports"),
-    *("gemma.slots", "gemma.sources", "gemma.tokenizer", "gemma.v5p", "gemma.versions", "gemma.wire"),
-}
+# Rooms of gemma/ that load no JAX when they are imported, beside the files at its top: what the controller and the
+# commands may use.
+PLAIN_ROOMS = {"memory", "plan", "text", "weights"}
 NEVER = {
     "gemma": {"ray", "hydra", "wandb", "orchestrator", "launch", "tests"},
     "orchestrator": {"hydra", "launch", "tests"},
     "launch": {"tests"},
 }
 # A process of their own each; JAX inside their functions, so that importing them costs nothing.
-JAX_INSIDE = {"orchestrator/worker.py", "launch/convert.py"}
+JAX_INSIDE = {"orchestrator/hosts/worker.py", "launch/convert.py"}
+WORKER_OPENS = {"gemma.train.fitness", "gemma.train.trainer"}
 CODE = [p.relative_to(TOP).as_posix() for folder in NEVER for p in sorted((TOP / folder).rglob("*.py"))]
 PYTHON = [*CODE, *(p.relative_to(TOP).as_posix() for p in sorted((TOP / "tests").rglob("*.py")))]
 
@@ -60,11 +59,22 @@ def test_a_folder_imports_only_what_the_house_allows(file: str) -> None:
         return
     judged = at_once if file in JAX_INSIDE else anywhere
     assert not {name for name in judged if name.split(".")[0] in JAX}
-    of_gemma = {".".join(name.split(".")[:2]) for name in judged if name.split(".")[0] == "gemma"}
-    assert of_gemma <= PLAIN
-    if file == "orchestrator/worker.py":
-        everywhere = {".".join(name.split(".")[:2]) for name in anywhere if name.split(".")[0] == "gemma"}
-        assert everywhere <= {*PLAIN, "gemma.fitness", "gemma.trainer"}
+    assert not {name for name in judged if not is_plain(name)}
+    if file == "orchestrator/hosts/worker.py":
+        assert {".".join(name.split(".")[:3]) for name in anywhere if not is_plain(name)} <= WORKER_OPENS
+
+
+def is_plain(name: str) -> bool:
+    """Whether a dotted name is outside gemma/, at its top, or in one of its plain rooms."""
+    folder, *rest = name.split(".")
+    return folder != "gemma" or rest[0] in PLAIN_ROOMS or (TOP / "gemma" / f"{rest[0]}.py").is_file()
+
+
+PLAIN = ", ".join(
+    file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    for file in CODE
+    if file.startswith("gemma/") and (file.count("/") == 1 or file.split("/")[1] in PLAIN_ROOMS)
+)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +85,8 @@ def test_a_folder_imports_only_what_the_house_allows(file: str) -> None:
             " launch.logs, launch.stop",
             {"ray", "wandb", *JAX},
         ),
-        ("orchestrator.run, orchestrator.worker", JAX),
-        (", ".join(sorted(PLAIN)), {"ray", "hydra", "wandb", "orchestrator", "launch", *JAX}),
+        ("orchestrator.run, orchestrator.hosts.worker", JAX),
+        (PLAIN, {"ray", "hydra", "wandb", "orchestrator", "launch", *JAX}),
     ],
 )
 def test_importing_loads_nothing_heavy_behind_its_back(modules: str, absent: set[str]) -> None:
@@ -92,7 +102,7 @@ def test_a_file_is_named_for_what_it_is(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", PYTHON)
-def test_a_file_is_at_most_300_lines(file: str) -> None:
+def test_a_file_is_at_most_500_lines(file: str) -> None:
     assert len((TOP / file).read_text().splitlines()) <= LINES
 
 

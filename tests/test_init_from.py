@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from gemma import convert, layout
 from gemma.config import ConfigError, Mesh, Model, Program
-from gemma.sharding import make_mesh
-from gemma.sources import Source, check_model, open_source
-from gemma.step import TrainState, functions
-from gemma.trainer import Trainer
+from gemma.model.sharding import make_mesh
+from gemma.train.step import TrainState, functions
+from gemma.train.trainer import Trainer
+from gemma.weights import convert, layout
+from gemma.weights.sources import Source, check_model, open_source
 from tests import hf_cases
 
 ROWS = 40  # of the run's embedding; the weights have 37
@@ -66,20 +66,20 @@ def test_the_devices_together_ask_for_each_weight_once(
     program: Program, imported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So a host asks for what its devices hold, and no more."""
-    from gemma import weights
+    from gemma.model import load
 
     asked: list[int] = []
-    share = weights.share
+    share = load.share
 
     def counted(source: Source, slot: layout.Slot, index: tuple[slice, ...]) -> np.ndarray:
         found = share(source, slot, index)
         asked.append(found.size)
         return found
 
-    monkeypatch.setattr(weights, "share", counted)
+    monkeypatch.setattr(load, "share", counted)
     config = from_weights(program, imported)
     abstract = functions(config, make_mesh(config.mesh)).state.params
-    weights.load_params(str(imported), abstract)
+    load.load_params(str(imported), abstract)
     rest = {leaf: x for leaf, x in flatten_dict(abstract, sep=".").items() if leaf != layout.EMBEDDING}
     assert sum(asked) == sum(int(np.prod(x.shape)) for x in rest.values())
 

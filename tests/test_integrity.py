@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from gemma import checkpoint
-from gemma.checkpoint import CheckpointError
+from gemma.checkpoint import disk
+from gemma.checkpoint.disk import CheckpointError
 from gemma.config import Checkpoint, Mesh
 from tests.test_sums import placed, state
 
@@ -28,8 +28,8 @@ def config() -> Checkpoint:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
     summing, put = placed(state(), Mesh(1, 4, 2))
-    with checkpoint.open_manager(folder, config()) as manager:
-        checkpoint.save(manager, STEP, put, summing(put))
+    with disk.open_manager(folder, config()) as manager:
+        disk.save(manager, STEP, put, summing(put))
         manager.wait_until_finished()
     return folder
 
@@ -43,8 +43,8 @@ def restored_as_saved(folder: Path) -> bool:
     summing, put = placed(state(), Mesh(1, 4, 2))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), put)
     try:
-        with checkpoint.open_manager(folder, config()) as manager:
-            found = checkpoint.restore(manager, STEP, abstract, summing)
+        with disk.open_manager(folder, config()) as manager:
+            found = disk.restore(manager, STEP, abstract, summing)
     except CheckpointError as error:
         problem = str(error)
     else:

@@ -11,10 +11,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gemma import wire
-from gemma.wire import Address
-from orchestrator.keeper import Keeper
-from orchestrator.witness import is_stopped
+from gemma.memory import wire
+from gemma.memory.wire import Address
+from orchestrator.hosts.keeper import Keeper
+from orchestrator.hosts.witness import is_stopped
 
 BYTES = 100_000
 
@@ -73,7 +73,7 @@ def test_a_process_of_the_host_opens_the_memory_by_its_path(keeper: Keeper) -> N
     path = keeper.hold("a", BYTES)
     code = f"""
 from pathlib import Path
-from gemma import slots
+from gemma.memory import slots
 memory = slots.open_slots(Path({path!r}), {BYTES})
 slot, view = slots.begin(memory, 4)
 view[:] = bytes([9]) * {BYTES}
@@ -120,7 +120,7 @@ def test_the_kernels_view_tells_a_stopped_process_from_one_that_waits(keeper: Ke
 
 
 def test_it_ends_when_nobody_uses_it() -> None:
-    code = "from orchestrator.keeper import Keeper; import time; Keeper('127.0.0.1', 0.4); time.sleep(60)"
+    code = "from orchestrator.hosts.keeper import Keeper; import time; Keeper('127.0.0.1', 0.4); time.sleep(60)"
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], timeout=30)
     assert done.returncode == 0
@@ -129,7 +129,7 @@ def test_it_ends_when_nobody_uses_it() -> None:
 
 def test_its_memory_ends_with_it() -> None:
     before = set(os.listdir("/dev/shm"))
-    code = "from orchestrator.keeper import Keeper as K; k = K('127.0.0.1', 9.0); print(k.hold('a', 1 << 24))"
+    code = "from orchestrator.hosts.keeper import Keeper as K; k = K('127.0.0.1', 9.0); print(k.hold('a', 1 << 24))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     path = done.stdout.strip()
     assert path.startswith("/proc/")

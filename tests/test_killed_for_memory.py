@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import rundir
+from orchestrator.record import rundir
 from tests.runs import RUN, STEPS, assert_same_run, finish, launch, wait_for_step
 
 V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")

@@ -10,7 +10,7 @@ import pytest
 
 from gemma.config import ConfigError
 from launch import logs, stop
-from orchestrator import rundir
+from orchestrator.record import rundir
 from tests.test_rundir import fabricate
 
 TOP = Path(__file__).parents[1]
@@ -19,7 +19,7 @@ DEADLINE_S = 30.0
 DRIVER = """
 import signal, sys
 from pathlib import Path
-from orchestrator import rundir
+from orchestrator.record import rundir
 folder = Path(sys.argv[1])
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 held = rundir.lock(folder)

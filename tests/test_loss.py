@@ -15,10 +15,10 @@ import pytest
 from flax import nnx
 
 from gemma.config import Program
-from gemma.loss import cross_entropy_sum
-from gemma.model import Gemma
-from gemma.step import loss_sum
-from gemma.tokenizer import BOS, EOS, PAD
+from gemma.model.transformer import Gemma
+from gemma.text.tokenizer import BOS, EOS, PAD
+from gemma.train.loss import cross_entropy_sum
+from gemma.train.step import loss_sum
 
 CAP = 3.0
 Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array]

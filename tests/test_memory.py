@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from gemma.wire import Address
-from orchestrator.keeper import Held
-from orchestrator.memory import Common, branches, buddies, newest_common
+from gemma.memory.wire import Address
+from orchestrator.hosts.keeper import Held
+from orchestrator.hosts.memory import Common, branches, buddies, newest_common
 
 Steps = dict[str, tuple[tuple[int, int], ...]]
 

@@ -14,9 +14,9 @@ import pytest
 import yaml
 from flax import nnx
 
-from gemma.attention import attend, rope
 from gemma.config import Model
-from gemma.model import Block, Gemma, positions, rms_norm
+from gemma.model.attention import attend, rope
+from gemma.model.transformer import Block, Gemma, positions, rms_norm
 from tests import gemma_reference
 
 CONF = Path(__file__).parents[1] / "conf" / "model"

@@ -12,11 +12,11 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gemma import guard, optim
 from gemma.config import Mesh, Optim, Program
-from gemma.model import Gemma
-from gemma.sharding import make_mesh
-from gemma.step import TrainState, update
+from gemma.model.sharding import make_mesh
+from gemma.model.transformer import Gemma
+from gemma.train import guard, optim
+from gemma.train.step import TrainState, update
 
 STEPS = 50
 

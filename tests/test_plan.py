@@ -12,10 +12,10 @@ from typing import Any
 import psutil
 import pytest
 
-from gemma import v5p
-from gemma.compile_ahead import out_of_memory
+from gemma.plan import v5p
+from gemma.plan.compile_ahead import out_of_memory
 from launch.plan import composed, lines
-from orchestrator import ahead, plan
+from orchestrator.plan import ahead, plan
 from tests.plan_facts import FACTS, LARGE
 
 TOP = Path(__file__).parents[1]

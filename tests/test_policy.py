@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from orchestrator.outcome import Evidence, Outcome, classify
-from orchestrator.policy import Failure, GiveUp, Restart, decide
-from orchestrator.window import MOST_STEPS, deadline_s, due, snapshot_every, window_end
+from orchestrator.programs.window import MOST_STEPS, deadline_s, due, snapshot_every, window_end
+from orchestrator.recovery.outcome import Evidence, Outcome, classify
+from orchestrator.recovery.policy import Failure, GiveUp, Restart, decide
 
 BROKEN = "JaxRuntimeError"
 OOM = "RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes"

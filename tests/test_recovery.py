@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import rundir, wandb_spool
-from orchestrator.worker import is_running
+from orchestrator.hosts.worker import is_running
+from orchestrator.record import rundir, wandb_spool
 from tests.runs import (
     SMALL,
     assert_same_run,

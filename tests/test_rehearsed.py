@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from orchestrator import rundir
-from orchestrator.cluster import Local
-from orchestrator.slices import rehearsed, simulated
-from orchestrator.slices.rehearsed import Cloud
+from orchestrator.record import rundir
+from orchestrator.slices.cluster import Local
+from orchestrator.slices.simulated import rehearsed, simulated
+from orchestrator.slices.simulated.rehearsed import Cloud
+from orchestrator.slices.topology import slice_type
 from orchestrator.slices.upkeep import RefusedError
 from orchestrator.slices.wanted import Ask, State
-from orchestrator.topology import slice_type
 from tests.runs import RUN, STEPS, assert_same_run, finish, launch, orphaned_folders
 
 BEGAN = 1000.0

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator import rundir
-from orchestrator.history import read
-from orchestrator.report_page import page
+from orchestrator.page.history import read
+from orchestrator.page.page import page
+from orchestrator.record import rundir
 from tests.runs import launch
 from tests.test_rundir import fabricate
 

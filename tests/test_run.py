@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import rundir, wandb_spool
+from orchestrator.record import rundir, wandb_spool
 from tests.runs import DEADLINE_S, SMALL, event_names, finish, goodput, launch, losses
 
 STEPS = 40

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from gemma.config import ConfigError
-from orchestrator import manifest, rundir
 from orchestrator.config import with_id
 from orchestrator.interrupt import Interrupt
+from orchestrator.record import manifest, rundir
 from tests.test_config import config_of
 
 TOP = Path(__file__).parents[1]
@@ -192,7 +192,7 @@ def fingerprinted(folder: Path, *prints: str) -> None:
 def test_a_run_goes_on_with_the_text_it_began_with(
     tmp_path: Path, before: list[str], now: set[str], allowed: bool, told: str | None
 ) -> None:
-    from orchestrator.recover import same_text
+    from orchestrator.recovery.recover import same_text
 
     fingerprinted(tmp_path, *before)
     if told is None:
@@ -209,7 +209,7 @@ def test_a_run_goes_on_with_the_text_it_began_with(
 def test_no_step_is_left_without_its_line_where_a_checkpoint_is_ahead_of_the_controller(
     tmp_path: Path, committed: list[int], reported: int, step: int | None
 ) -> None:
-    from orchestrator.recover import newest_checkpoint
+    from orchestrator.recovery.recover import newest_checkpoint
 
     for done in committed:
         (tmp_path / "checkpoints" / str(done)).mkdir(parents=True)

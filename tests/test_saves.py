@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from gemma.config import ConfigError
-from gemma.reports import Failed
-from orchestrator import rundir, saves
+from gemma.messages import Failed
 from orchestrator.config import with_id
-from orchestrator.report import Report
-from orchestrator.rundir import Appender
-from orchestrator.saves import Saves
-from orchestrator.window import LONGEST_BACKOFF_S, backoff_s, warned
+from orchestrator.programs import saves
+from orchestrator.programs.saves import Saves
+from orchestrator.programs.window import LONGEST_BACKOFF_S, backoff_s, warned
+from orchestrator.record import rundir
+from orchestrator.record.report import Report
+from orchestrator.record.rundir import Appender
 from tests.runs import TOP
 from tests.test_config import config_of
 
@@ -102,7 +103,7 @@ def test_the_wait_doubles_up_to_a_limit_and_so_do_the_failures_between_two_warni
 
 LINES_ON_A_FULL_DISK = """
 import resource, sys, pathlib
-from orchestrator import rundir
+from orchestrator.record import rundir
 path = pathlib.Path(sys.argv[1])
 file = rundir.Appender(path)
 whole = [{"n": n, "text": "x" * 50} for n in range(9)]
@@ -160,7 +161,7 @@ def test_a_host_whose_log_is_on_a_full_disk_prints_on() -> None:
 def test_a_run_that_cannot_write_its_manifest_is_refused_with_the_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator import manifest
+    from orchestrator.record import manifest
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma import saving
+from gemma.checkpoint import saving
+from gemma.checkpoint.saving import Saver
 from gemma.config import Program
-from gemma.saving import Saver
 from tests.runs import TOP
 
 

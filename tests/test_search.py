@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from gemma import analytic
+from gemma.plan import analytic
 from launch.plan import as_json, composed
-from orchestrator import ahead, preflight, search
 from orchestrator.config import Config
+from orchestrator.plan import ahead, preflight, search
 from tests.plan_facts import FACTS, LARGE
 
 

@@ -14,13 +14,14 @@ import pytest
 import yaml
 from flax import nnx
 
-from gemma import data, flops, hlo
 from gemma.config import Mesh, Model, Program
-from gemma.hlo_cost import Place, cost
-from gemma.model import Gemma
-from gemma.sharding import RULES, make_mesh, spec, stages
-from gemma.step import functions, is_variable
-from gemma.tokenizer import BOS, PAD
+from gemma.model.sharding import RULES, make_mesh, spec, stages
+from gemma.model.transformer import Gemma
+from gemma.plan import flops, hlo
+from gemma.plan.hlo_cost import Place, cost
+from gemma.text.tokenizer import BOS, PAD
+from gemma.train import data
+from gemma.train.step import functions, is_variable
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
 AXES = ("replica", "fsdp", "tensor")
@@ -147,7 +148,7 @@ STAGED = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, PartitionSpec as P
-from gemma.sharding import gather, scatter, stages_here
+from gemma.model.sharding import gather, scatter, stages_here
 fsdp, tensor = map(int, sys.argv[1:])
 mesh = jax.make_mesh((1, fsdp, tensor), ("replica", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 axes, x_VD = ("vocab", "width"), jnp.arange(4.0 * 2 * fsdp).reshape(4, 2 * fsdp)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from gemma import slots
-from gemma.slots import Slots
+from gemma.memory import slots
+from gemma.memory.slots import Slots
 
 BYTES = 3 * slots.PAGE + 5
 

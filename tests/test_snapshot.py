@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from gemma import snapshot
+from gemma.checkpoint import snapshot
 from gemma.config import Mesh, Program
-from gemma.sharding import make_mesh
-from gemma.step import TrainState, functions
-from gemma.trainer import Trainer
-from gemma.wire import Source
-from orchestrator.keeper import Keeper
+from gemma.memory.wire import Source
+from gemma.model.sharding import make_mesh
+from gemma.train.step import TrainState, functions
+from gemma.train.trainer import Trainer
+from orchestrator.hosts.keeper import Keeper
 from tests.small_text import TEXTS, config, write_jsonl
 
 MESHES = [Mesh(1, 8, 1), Mesh(2, 4, 1), Mesh(2, 2, 2), Mesh(4, 1, 2), Mesh(8, 1, 1)]

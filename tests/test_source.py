@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gemma.config import ConfigError
-from orchestrator import source
+from orchestrator.record import source
 
 IDENTITY = ["-c", "user.name=someone", "-c", "user.email=someone@example.com"]
 
@@ -22,7 +22,7 @@ def git(top: Path, *arguments: str) -> str:
 def checkout(tmp_path: Path) -> Path:
     """With a file of each kind; clean but for what is ignored."""
     top = tmp_path / "checkout"
-    for name in ("conf/run.yaml", "gemma/step.py", "orchestrator/run.py", "launch/train.py", "tests/test_x.py"):
+    for name in ("conf/run.yaml", "gemma/train/step.py", "orchestrator/run.py", "launch/train.py", "tests/test_x.py"):
         (top / name).parent.mkdir(parents=True, exist_ok=True)
         (top / name).write_text(f"# {name}\n")
     (top / ".gitignore").write_text("__pycache__/\nruns/\n*.secret\n")
@@ -42,7 +42,7 @@ def test_a_clean_checkout_is_its_commit(checkout: Path) -> None:
 
 
 def test_changes_and_new_files_of_ours_are_in_the_diff_and_the_index_stays_as_it_was(checkout: Path) -> None:
-    (checkout / "gemma/step.py").write_text("# changed\n")
+    (checkout / "gemma/train/step.py").write_text("# changed\n")
     (checkout / "orchestrator/fresh.py").write_text("# new\n")
     (checkout / "launch/train.py").unlink()
     before = git(checkout, "status", "--porcelain")
@@ -56,7 +56,7 @@ def test_changes_and_new_files_of_ours_are_in_the_diff_and_the_index_stays_as_it
 
 
 def test_a_long_diff_is_cut_and_says_so(checkout: Path) -> None:
-    (checkout / "gemma/step.py").write_text("x" * 2 * source.MOST_DIFF)
+    (checkout / "gemma/train/step.py").write_text("x" * 2 * source.MOST_DIFF)
     diff = source.source(checkout).diff
     assert diff is not None
     assert len(diff) < source.MOST_DIFF + 100
@@ -72,7 +72,7 @@ def test_an_archive_holds_what_a_run_needs_and_tells_where_it_came_from(checkout
     with zipfile.ZipFile(packed) as archive:
         archive.extractall(there)
     names = {path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()}
-    needed = {"conf/run.yaml", "gemma/step.py", "gemma/fresh.py", "orchestrator/run.py"}
+    needed = {"conf/run.yaml", "gemma/train/step.py", "gemma/fresh.py", "orchestrator/run.py"}
     assert names == needed | {source.SUBMITTED}
     assert source.is_submitted(there)
     assert not source.is_submitted(checkout)
@@ -84,7 +84,7 @@ def test_the_same_code_makes_the_same_archive_later_too(
 ) -> None:
     (tmp_path / "again").mkdir()
     first = source.pack(tmp_path, checkout).read_bytes()
-    os.utime(checkout / "gemma/step.py", (1, 1))
+    os.utime(checkout / "gemma/train/step.py", (1, 1))
     monkeypatch.setattr("time.time", lambda: 2e9)
     assert source.pack(tmp_path / "again", checkout).read_bytes() == first
 
@@ -94,7 +94,7 @@ def test_outside_a_checkout_all_of_ours_is_sent_and_no_commit_is_claimed(checkou
     (checkout / ".git").rename(checkout.parent / ".git" if below else checkout.parent / "away")
     assert source.source(checkout) == source.Source(None, None)
     found = source.files(checkout)
-    assert found == ["conf/run.yaml", "gemma/a.secret", "gemma/step.py", "launch/train.py", "orchestrator/run.py"]
+    assert found == ["conf/run.yaml", "gemma/a.secret", "gemma/train/step.py", "launch/train.py", "orchestrator/run.py"]
 
 
 def test_code_that_is_too_big_is_refused_by_the_name_of_its_largest_file(

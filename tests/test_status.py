@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from launch.status import detail, line, state
-from orchestrator import rundir
+from orchestrator.record import rundir
 from tests.test_rundir import fabricate
 
 

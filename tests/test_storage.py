@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import rundir
+from orchestrator.record import rundir
 from tests.runs import event_names, finish, launch, losses, wait_for, wait_for_step
 
 STEPS = 200  # long enough for a save to be tried again

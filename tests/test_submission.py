@@ -9,7 +9,7 @@ import pytest
 
 from gemma.config import ConfigError
 from launch import detached
-from orchestrator import rundir
+from orchestrator.record import rundir
 
 
 class Dashboard:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gemma import sums
+from gemma.checkpoint import checksums
 from gemma.config import Mesh
-from gemma.sharding import make_mesh
-from gemma.step import TrainState
+from gemma.model.sharding import make_mesh
+from gemma.train.step import TrainState
 
 MESHES = [Mesh(1, 1, 1), Mesh(1, 4, 2), Mesh(2, 2, 2), Mesh(1, 2, 4), Mesh(8, 1, 1)]
 CUT = {
@@ -40,12 +40,12 @@ def placed(values: TrainState, mesh: Mesh) -> tuple[Any, TrainState]:
     specs = TrainState(PartitionSpec(), CUT, {"mu": CUT}, PartitionSpec())  # type: ignore[arg-type]
     put = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(devices, spec)), values, specs)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), put)
-    return sums.summing(abstract, devices), put
+    return checksums.summing(abstract, devices), put
 
 
 def told(values: TrainState, mesh: Mesh = MESHES[0]) -> dict[str, str]:
     summing, put = placed(values, mesh)
-    return sums.told(put, summing(put))
+    return checksums.told(put, summing(put))
 
 
 @pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
@@ -65,7 +65,7 @@ def test_sums_have_the_names_of_the_leaves() -> None:
 
 def part_sums(words: np.ndarray) -> np.ndarray:
     """Of one leaf on one device."""
-    return np.asarray(sums.part_sums(jnp.asarray(words), words.shape, ((),) * words.ndim))
+    return np.asarray(checksums.part_sums(jnp.asarray(words), words.shape, ((),) * words.ndim))
 
 
 def test_any_bit_of_any_element_changes_both_sums() -> None:
@@ -73,7 +73,7 @@ def test_any_bit_of_any_element_changes_both_sums() -> None:
     flipped = words.reshape(-1) ^ (np.uint32(1) << np.arange(32, dtype=np.uint32))[:, None, None] * np.eye(
         words.size, dtype=np.uint32
     )
-    found = jax.vmap(lambda x: sums.part_sums(x, words.shape, ((), ())))(flipped.reshape(-1, 4, 5))
+    found = jax.vmap(lambda x: checksums.part_sums(x, words.shape, ((), ())))(flipped.reshape(-1, 4, 5))
     assert (np.asarray(found) != part_sums(words)).all()
 
 

@@ -1,6 +1,6 @@
 """A controller's life cut into phases: no hole, no overlap."""
 
-from orchestrator.timeline import Stretch, laid_over, phases
+from orchestrator.page.timeline import Stretch, laid_over, phases
 
 
 def test_phases_fill_a_controllers_life_and_refinements_take_nothing_from_it() -> None:

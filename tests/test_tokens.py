@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma import corpus, tokenizer, tokens
 from gemma.config import ConfigError, Data
-from gemma.tokenizer import BOS, BYTE_OFFSET, EOS, PAD
+from gemma.text import corpus, tokenizer, tokens
+from gemma.text.tokenizer import BOS, BYTE_OFFSET, EOS, PAD
 from tests.small_text import BATCH, TEXTS, VOCAB, config, write_jsonl
 
 GEMMA2 = Path(__file__).parents[2] / "shared" / "data" / "tokenizer" / "gemma2.model"

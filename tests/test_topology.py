@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from gemma.config import ConfigError
-from orchestrator.group import multislice_env
-from orchestrator.placement import Placement, Spot, free_slices, whole_slices
-from orchestrator.topology import NAME_LABEL, RANK_LABEL, TOPOLOGIES, TYPE_LABEL, slice_type
+from orchestrator.hosts.group import multislice_env
+from orchestrator.hosts.placement import Placement, Spot, free_slices, whole_slices
+from orchestrator.slices.topology import NAME_LABEL, RANK_LABEL, TOPOLOGIES, TYPE_LABEL, slice_type
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gemma.config import Mesh, Program
-from gemma.data import Dataset
-from gemma.trainer import Trainer
+from gemma.train.data import Dataset
+from gemma.train.trainer import Trainer
 from tests.small_text import TEXTS, config, write_jsonl
 
 

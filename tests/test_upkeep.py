@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from gemma.config import ConfigError
-from orchestrator import placement
+from orchestrator.hosts import placement
 from orchestrator.interrupt import Interrupt
 from orchestrator.slices import upkeep
 from orchestrator.slices.upkeep import NoSlicesError, Provider, RefusedError, Upkeep

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 import pytest
 import wandb
 
-from orchestrator import rundir, wandb_log, wandb_spool
 from orchestrator.config import Config, with_id
-from orchestrator.wandb_log import WandbLog
+from orchestrator.record import rundir, wandb_log, wandb_spool
+from orchestrator.record.wandb_log import WandbLog
 from tests.test_config import config_of
 
 ROWS = 500

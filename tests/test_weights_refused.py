@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gemma.config import ConfigError
-from gemma.sources import check_model
-from gemma.weights import load_hf
+from gemma.model.load import load_hf
+from gemma.weights.sources import check_model
 from launch.convert import work
 from tests import hf_cases
 from tests.test_bad_input import everything, refused

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
-from orchestrator.cluster import Cluster
 from orchestrator.config import Config
 from orchestrator.slices import existing, gcp, guest, head, startup
+from orchestrator.slices.cluster import Cluster
 from orchestrator.slices.given import Given
+from orchestrator.slices.topology import slice_type
 from orchestrator.slices.upkeep import Provider, Upkeep, kept
 from orchestrator.slices.wanted import Ask, Request, Wanted, request_name
-from orchestrator.topology import slice_type
 
 
 def opened(config: Config, owner: str, joined: Callable[[], set[str]] | None = None) -> Provider:

@@ -11,8 +11,8 @@ from ray.job_config import JobConfig
 
 from gemma.config import ConfigError
 from orchestrator.config import Config
+from orchestrator.hosts.placement import whole_slices
 from orchestrator.interrupt import handlers_kept
-from orchestrator.placement import whole_slices
 from orchestrator.slices.given import Given, avoided
 from orchestrator.slices.join import CODE
 

@@ -15,10 +15,10 @@ from google.cloud import tpu_v2alpha1 as tpu
 from google.cloud.tpu_v2alpha1.services.tpu.transports import TpuGrpcTransport
 
 from gemma.config import ConfigError
-from orchestrator.cluster import Cluster, Gcp
+from orchestrator.slices.cluster import Cluster, Gcp
+from orchestrator.slices.topology import TOPOLOGIES, slice_type
 from orchestrator.slices.upkeep import RefusedError
 from orchestrator.slices.wanted import Ask, Request, State, owner_label
-from orchestrator.topology import TOPOLOGIES, slice_type
 
 CALL_TIMEOUT_S = 30.0
 SETTLE_S = 5.0  # for a request to be taken or refused

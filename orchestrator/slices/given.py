@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # it loads Ray, which launch.cluster list can do without
-    from orchestrator.placement import Spot
+    from orchestrator.hosts.placement import Spot
 
 
 @dataclass(frozen=True)

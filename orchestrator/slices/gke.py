@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING
 import yaml
 
 from gemma.config import ConfigError
-from orchestrator.cluster import Cluster, Gke
 from orchestrator.config import Config
 from orchestrator.interrupt import StoppedError
 from orchestrator.slices import existing, guest, kube
+from orchestrator.slices.cluster import Cluster, Gke
 from orchestrator.slices.given import Given
 from orchestrator.slices.head import listens
 from orchestrator.slices.raycluster import raycluster
+from orchestrator.slices.topology import slice_type
 from orchestrator.slices.upkeep import Provider, RefusedError, Upkeep, kept
 from orchestrator.slices.wanted import Ask, Wanted, owner_label
-from orchestrator.topology import slice_type
 
 if TYPE_CHECKING:
-    from orchestrator.placement import Spot
+    from orchestrator.hosts.placement import Spot
 
 FOREVER_S = float("inf")  # there is no other place to ask
 REACH_S = 30.0  # for a head that is ready to answer here

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from orchestrator.slices import join, simulated
-from orchestrator.slices.raylet import Host, Joining, raylet_command
+from orchestrator.slices import join
+from orchestrator.slices.simulated import simulated
+from orchestrator.slices.simulated.raylet import Host, Joining, raylet_command
 
 JOIN_TIMEOUT_S = 60.0
 

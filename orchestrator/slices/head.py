@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gemma.config import ConfigError
-from orchestrator.cluster import Cluster, Gcp
-from orchestrator.slices import join, simulated
+from orchestrator.slices import join
+from orchestrator.slices.cluster import Cluster, Gcp
+from orchestrator.slices.simulated import simulated
 
 START_TIMEOUT_S = 60.0
 ANY = "10.255.255.255"  # no packet is sent there: the system is asked which way one would go

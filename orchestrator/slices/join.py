@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from orchestrator.slices.raylet import ENVIRONMENT, Host, Joining, raylet_command, tpu_host
+from orchestrator.slices.simulated.raylet import ENVIRONMENT, Host, Joining, raylet_command, tpu_host
 
 CODE = ("gemma", "orchestrator")  # the hosts run the code that was launched, not what lies there
 KEY, SPACE = b"code", b"gemma-orchestrator"  # where the head's key-value store has it

@@ -15,7 +15,7 @@ from kubernetes import config as credentials
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, SSLError
 
 from gemma.config import ConfigError
-from orchestrator.cluster import Gke
+from orchestrator.slices.cluster import Gke
 from orchestrator.slices.raycluster import CLUSTER, OURS, OWNER, condition, sentry, told, waits
 from orchestrator.slices.upkeep import RefusedError
 from orchestrator.slices.wanted import Request, State, owner_label

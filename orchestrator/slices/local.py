@@ -11,11 +11,11 @@ from pathlib import Path
 import ray
 
 from orchestrator.config import Config
+from orchestrator.hosts.placement import Spot
 from orchestrator.interrupt import handlers_kept
-from orchestrator.placement import Spot
-from orchestrator.slices import rehearsed, simulated
 from orchestrator.slices.given import Given
-from orchestrator.slices.raylet import Host
+from orchestrator.slices.simulated import rehearsed, simulated
+from orchestrator.slices.simulated.raylet import Host
 from orchestrator.slices.upkeep import kept
 
 

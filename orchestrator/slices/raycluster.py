@@ -9,9 +9,9 @@ from hashlib import sha256
 from importlib.metadata import version
 from typing import Any
 
-from orchestrator.cluster import Cluster, Gke, check_complete
+from orchestrator.slices.cluster import Cluster, Gke, check_complete
+from orchestrator.slices.topology import CHIPS_PER_HOST, slice_type
 from orchestrator.slices.wanted import Request, State, owner_label
-from orchestrator.topology import CHIPS_PER_HOST, slice_type
 
 OURS = "gemma-orchestrator"  # a label of all that this software has asked for
 OWNER, SLICE, TOPOLOGY, CAPACITY = "gemma-owner", "gemma-slice", "gemma-topology", "gemma-capacity"

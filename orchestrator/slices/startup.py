@@ -7,8 +7,8 @@ address, joins anew.
 from pathlib import Path
 
 from gemma.config import ConfigError
-from orchestrator.cluster import Gcp
 from orchestrator.slices import join
+from orchestrator.slices.cluster import Gcp
 
 SCRIPT = """#!/bin/bash
 # Of gemma-orchestrator. Joins this TPU host to a Ray cluster, again and again.

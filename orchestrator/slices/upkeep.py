@@ -15,7 +15,7 @@ from orchestrator.slices.given import Given
 from orchestrator.slices.wanted import Ask, GiveBack, Request, State, Wanted, reconcile, unlike
 
 if TYPE_CHECKING:
-    from orchestrator.placement import Spot
+    from orchestrator.hosts.placement import Spot
 
 WORST_WAIT_S = 60.0  # between two looks while the provider is in trouble
 ANSWER_TIMEOUT_S = 20.0  # for the provider, before anything is asked of it

@@ -14,8 +14,8 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
 import jax
 
-from gemma.data import place
-from gemma.trainer import Trainer
+from gemma.train.data import place
+from gemma.train.trainer import Trainer
 from orchestrator.config import from_container
 
 

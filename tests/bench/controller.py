@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from orchestrator import rundir
+from orchestrator.record import rundir
 
 TOP = Path(__file__).parents[2]
 WARMUP = 20

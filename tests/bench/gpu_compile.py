@@ -54,14 +54,14 @@ def main() -> None:
     import pytest
     from jax.experimental import topologies
 
-    from gemma import hopper
-    from gemma.step import functions
+    from gemma.model import attention_gpu
+    from gemma.train.step import functions
     from tests.bench.gpu_speed import GEMMA2_2B
     from tests.bench.steps import program
     from tests.mosaic_on_cpu import pretend_hopper
 
     if args.attention == "xla":
-        hopper.available = lambda: False
+        attention_gpu.available = lambda: False
     else:
         pretend_hopper(pytest.MonkeyPatch())
     described = topologies.get_topology_desc("1x1x1", "cuda", topology="1x1x1", target_config=H100)

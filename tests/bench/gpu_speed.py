@@ -3,9 +3,9 @@
 python -m tests.bench.gpu_speed [--batch 1] [--sequence 8192] [--remat full] [--steps 10] [--layers 26]
                                 [--tiny] [--attention xla]
 
-Gemma 2 2B, bf16 compute, float32 master weights and AdamW, random tokens. MFU by `gemma.flops.step_flops` (causal and
+Gemma 2 2B, bf16 compute, float32 master weights and AdamW, random tokens. MFU by `step_flops` of `gemma.plan.flops` (causal,
 window aware) against the dense bf16 peak of an H100. On a Hopper GPU attention is tokamax's where that is installed
-(gemma/hopper.py): it says which was taken, and `--attention xla` is the other, to compare. `--tiny` is a model that
+(`attention_gpu`): it says which was taken, and `--attention xla` is the other, to compare. `--tiny` is a model that
 runs anywhere, to try this file.
 
 Not run on a GPU yet.
@@ -18,9 +18,9 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from gemma import hopper
 from gemma.config import Model
-from gemma.flops import step_flops
+from gemma.model import attention_gpu
+from gemma.plan.flops import step_flops
 from tests.bench.steps import program, run
 
 PEAK_FLOPS_H100 = 989e12
@@ -50,7 +50,7 @@ def attention(model: Model) -> str:
     if platform == "tpu":
         return "splash"
     q_BTNH = jax.ShapeDtypeStruct((1, 1, model.heads, model.head_size), jnp.bfloat16)
-    return "tokamax" if platform == "gpu" and hopper.serves(q_BTNH, model.attention_cap) else "xla"
+    return "tokamax" if platform == "gpu" and attention_gpu.serves(q_BTNH, model.attention_cap) else "xla"
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def main() -> None:
     args = parser.parse_args()
     model = replace(GEMMA2_2B, **TINY) if args.tiny else replace(GEMMA2_2B, layers=args.layers)
     if args.attention == "xla":
-        hopper.available = lambda: False
+        attention_gpu.available = lambda: False
     print(f"attention by {attention(model)} on {jax.devices()[0].device_kind}")
     sizes = program(model, batch=args.batch, sequence=args.sequence, dtype="bfloat16", remat=args.remat, loss_chunk=512)
     times = []

@@ -21,21 +21,22 @@ from typing import Any
 
 import ray
 
-from gemma.reports import Ran, Restored, Row
-from gemma.wire import Address
-from orchestrator import flight as flights
-from orchestrator import manifest, recover, rundir
+from gemma.memory.wire import Address
+from gemma.messages import Ran, Restored, Row
 from orchestrator.config import with_id
-from orchestrator.flight import Flight
-from orchestrator.group import Group, HostsFailedError
-from orchestrator.keeper import Held
-from orchestrator.placement import Placement, Spot
-from orchestrator.policy import decide
-from orchestrator.report import Report
-from orchestrator.saves import Saves
-from orchestrator.sites import Site
+from orchestrator.hosts.group import Group, HostsFailedError
+from orchestrator.hosts.keeper import Held
+from orchestrator.hosts.placement import Placement, Spot
+from orchestrator.hosts.sites import Site
+from orchestrator.hosts.worker import Told
+from orchestrator.programs import flight as flights
+from orchestrator.programs.flight import Flight
+from orchestrator.programs.saves import Saves
+from orchestrator.record import manifest, rundir
+from orchestrator.record.report import Report
+from orchestrator.recovery import recover
+from orchestrator.recovery.policy import decide
 from orchestrator.slices.given import Given, avoided
-from orchestrator.worker import Told
 from tests.test_config import config_of
 
 PLAYERS = 4

@@ -45,7 +45,7 @@ def ours(*overrides: str) -> dict:  # type: ignore[type-arg]
 
 
 def our_pair(remat: str) -> float:
-    """Prints ours. Returns a pair's model FLOPs by gemma/flops.py, a chip's share at peak: what 100 % MFU takes."""
+    """Prints ours. Returns a pair's model FLOPs by gemma.plan.flops, a chip's share at peak: what 100 % MFU takes."""
     whole, less = ours(f"train.remat={remat}"), ours(f"train.remat={remat}", "model.layers=44")
     pair_s, kernels_s = (whole["step_s"][key] - less["step_s"][key] for key in ("estimate", "kernels"))
     full_s = (whole["flops"]["model"] - less["flops"]["model"]) / 512 / 459e12

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from orchestrator import rundir
+from orchestrator.record import rundir
 from tests.runs import finish, launch, wait_for_step
 
 TOP = Path(__file__).parents[2]

@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from orchestrator import group as hosts
-from orchestrator import memory, placement, slices
 from orchestrator.config import Config
-from orchestrator.group import Group
+from orchestrator.hosts import group as hosts
+from orchestrator.hosts import memory, placement
+from orchestrator.hosts.group import Group
+from orchestrator.slices import providers
 from tests.bench.compose import composed
 
 WARMUP_STEPS = 30
@@ -85,7 +86,7 @@ def main() -> None:
         folder = Path(root) / "bench"
         (folder / "logs").mkdir(parents=True)
         (folder / "manifest.json").write_text("{}")
-        with slices.connect(config, print, lambda: False) as given:
+        with providers.connect(config, print, lambda: False) as given:
             place = placement.reserve(config, lambda waited_s: [1] if waited_s < 60 else [], (), given.repair)
             group = hosts.join(hosts.spawn(config, place, folder, 1, {}, {}), config, lambda: False)
             found = measure(config, group, rounds, steps)

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from orchestrator import rundir
+from orchestrator.record import rundir
 from tests.runs import launch
 
 STEPS_APART = 12

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from gemma.config import Checkpoint, Data, Eval, Guard, Mesh, Model, Optim, Profile, Program, Train
-from gemma.step import functions
+from gemma.train.step import functions
 
 
 def program(model: Model, *, batch: int, sequence: int, dtype: str, remat: str, loss_chunk: int) -> Program:

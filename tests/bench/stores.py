@@ -16,8 +16,8 @@ import numpy as np
 import ray
 from ray.exceptions import RayError
 
-from gemma import slots
-from orchestrator.keeper import Keeper
+from gemma.memory import slots
+from orchestrator.hosts.keeper import Keeper
 
 
 class Writer:

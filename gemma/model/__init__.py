@@ -1,0 +1,1 @@
+"""Gemma 2: the transformer, its attention on each platform, how its arrays are sharded."""

@@ -1,0 +1,302 @@
+"""One host's part of a run, behind the few verbs the controller speaks: restore, run, save, evaluate, wait.
+
+Every host calls every verb with the same arguments in the same order; that is what SPMD asks. Runs by itself on a
+bare machine too: `Trainer(program, folder, cache)` in one process is the whole run without a controller.
+"""
+
+import itertools
+import math
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gemma.checkpoint import checksums, disk, saving, snapshot
+from gemma.checkpoint.snapshot import Keeping
+from gemma.checkpoint.votes import VOTE_S
+from gemma.config import Program
+from gemma.memory import slots
+from gemma.memory.wire import Address, Source
+from gemma.messages import Bad, Evaluated, Failed, Kept, Opened, Ran, Restored, Row, Saved
+from gemma.model import load
+from gemma.model.sharding import make_mesh
+from gemma.plan import flops
+from gemma.text.tokens import open_tokens
+from gemma.train import aot, data
+from gemma.train.step import TrainState, functions
+
+OVERLAPPED = 0.8  # of a step is still to be done on the devices when the host turns to the next batch
+IN_A_ROW = 3  # bad steps: then it is not the batch that is bad but the state
+PACKINGS = 10  # timed before snapshots begin: the shortest is what one costs
+
+
+class Trainer:
+    """Holds a host's share of the arrays between verbs."""
+
+    def __init__(self, program: Program, folder: Path, cache: Path):
+        """Compiles or loads the programs and opens the data. folder: the run directory, shared by all hosts."""
+        self.program, self.folder, self.cache = program, folder, cache
+        self.seconds: dict[str, float] = {}
+        self.mesh = make_mesh(program.mesh)
+        started = time.monotonic()
+        tokens = open_tokens(program.data, cache, program.model.vocab)
+        self.meta = tokens.meta
+        self.dataset = data.open_dataset(tokens, program.data, program.train.batch, program.train.seed)
+        started = self.lap("data", started)
+        self.functions = functions(program, self.mesh)
+        self.packing = dict(zip(("pack", "unpack"), snapshot.packing(self.functions.state, self.mesh), strict=True))
+        self.packing["sums"] = checksums.summing(self.functions.state, self.mesh)
+        self.packing["copy"] = saving.copying(self.functions.state)
+        self.flat = snapshot.flat_shape(self.functions.state, self.mesh)
+        self.share = snapshot.share_of(self.functions.state, self.mesh)
+        self.beside = snapshot.fits_beside(4 * self.share.words, snapshot.device_bytes())
+        self.train, self.cached = self.compile("train", (self.functions.state, self.functions.batch))
+        self.made: dict[str, Any] = {}
+        self.eval: Any = None  # compiled when first asked for
+        self.lap("compile", started)
+        self.keeping: Keeping | None = None
+        self.attempt = 0
+        self.skipped: tuple[int, ...] = ()
+        self.bad: list[Bad] = []  # of the window
+        self.halted = False
+        self.rows: list[Row] = []  # that the controller may not have been told of
+        self.evals: list[Evaluated] = []
+        self.saver = saving.open_saver(folder / "checkpoints", program.checkpoint, self.functions.state)
+        self.state: TrainState | None = None
+        self.ready = time.monotonic()  # since when the next step is being waited for
+        self.tracing = False
+
+    def lap(self, phase: str, started: float) -> float:
+        now = time.monotonic()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - started
+        return now
+
+    def compile(self, name: str, args: tuple[Any, ...]) -> tuple[Any, bool]:
+        """Of the config only what the program is built from names it: another seed or length compiles nothing anew."""
+        p = self.program
+        train = (p.train.batch, p.train.dtype, p.train.accumulation, p.train.remat, p.train.loss_chunk)
+        spikes = (p.guard.spike_sigmas, p.guard.warmup)
+        built_from = {
+            "init": (p.model, p.mesh, p.train.seed),
+            "train": (p.model, p.mesh, p.data.sequence, *train, p.optim, p.train.steps, *spikes),
+            "eval": (p.model, p.mesh, p.data.sequence, *train),
+            **dict.fromkeys(("pack", "unpack", "sums", "copy"), (p.model, p.mesh, p.optim, p.train.steps)),
+        }
+        jitted = self.packing[name] if name in self.packing else getattr(self.functions, name)
+        return aot.compiled(name, jitted, args, built_from[name], self.cache)
+
+    def opened(self) -> Opened:
+        return Opened(self.share.key, self.share.bytes)
+
+    def restore(
+        self, step: int | None, source: Source | None = None, skipped: tuple[int, ...] = (), again: bool = False
+    ) -> Restored:
+        """Stands ready at a step: of a snapshot where a source is given, else committed on disk; None initialises.
+
+        skipped: batches that are not used. again: what was saved beyond the step is of no history any more.
+        Raises CheckpointError rather than start afresh, SnapshotError where a snapshot is gone.
+        """
+        started = time.monotonic()
+        self.rows, self.evals = [], []
+        self.skipped, self.bad, self.halted = skipped, [], False
+        self.state = None  # gone before the new one comes: there is no room for two
+        if again:
+            saving.drop_after(self.saver, step or 0)
+        if step is None:
+            self.state = self.initial()
+        elif source is None:
+            self.state = disk.restore(self.saver.manager, step, self.functions.state, self.of_state("sums"))
+        else:
+            self.state = self.recovered(step, source)
+        jax.block_until_ready(self.state.step)
+        self.ready = self.lap("restore", started)
+        program = self.program
+        return Restored(
+            step=step or 0,
+            fresh=step is None,
+            fingerprint=self.meta.fingerprint,
+            bytes_per_target=self.meta.bytes_per_target,
+            step_flops=flops.step_flops(program.model, program.train.batch, program.data.sequence),
+            compile_cached=self.cached,
+            platform=jax.devices()[0].platform,
+            seconds=dict(self.seconds),
+            rows=tuple(self.rows),
+            evals=tuple(self.evals),
+        )
+
+    def of_state(self, name: str) -> Any:
+        """A program that takes a state, compiled when first asked for."""
+        if name not in self.made:
+            self.made[name], _ = self.compile(name, (self.functions.state,))
+        return self.made[name]
+
+    def recovered(self, step: int, source: Source) -> TrainState:
+        """The state out of host memory, and what was noted with it."""
+        words, noted = snapshot.read(source, self.share, step)
+        self.rows = [Row(**row) for row in noted["rows"]]
+        self.evals = [Evaluated(**found) for found in noted["evals"]]
+        unpack, _ = self.compile("unpack", (self.flat,))
+        state: TrainState = unpack(snapshot.placed(words, self.flat, self.mesh, self.share))
+        jax.block_until_ready(state)
+        return state
+
+    def keep(self, path: str, buddy: Address | None, attempt: int) -> Kept:
+        """Snapshots go to this host's slots and its buddy's from now on, the first at once; `attempt` with each."""
+        assert self.state is not None
+        started = time.monotonic()
+        pack = self.of_state("pack")
+        self.compile("unpack", (self.flat,))  # a recovery finds it in the cache
+        self.keeping, self.attempt = Keeping(self.share, self.mesh, path, buddy), attempt
+        step = int(self.state.step)
+        times = [time.monotonic()]
+        for _ in range(PACKINGS):
+            packed = jax.block_until_ready(pack(self.state))
+            times.append(time.monotonic())
+        if step not in slots.held(self.keeping.slots):
+            self.keeping.hand_over(step, packed, partial(snapshot.noted, attempt, tuple(self.rows), tuple(self.evals)))
+            self.keeping.settle()
+        slots.tell_progress(self.keeping.slots, step)
+        self.ready = time.monotonic()
+        return Kept(min(b - a for a, b in itertools.pairwise(times)), self.ready - started)
+
+    def initial(self) -> TrainState:
+        """Random weights, or those of train.init_from; the optimizer is fresh."""
+        state: TrainState = self.compile("init", ())[0]()
+        if self.program.train.init_from is None:
+            return state
+        jax.tree.map(lambda x: x.delete(), state.params)  # one copy of the weights at a time
+        return state._replace(params=load.load_params(self.program.train.init_from, self.functions.state.params))
+
+    def run(self, first: int, last: int, reported: int, every: int) -> Ran:
+        """Steps first..last-1. A step is dispatched before the one before it is waited for.
+
+        reported: results up to this step are written down. every: a snapshot each so many steps; 0 is off.
+        """
+        assert self.state is not None
+        self.rows = [row for row in self.rows if row.step > reported]
+        self.evals = [found for found in self.evals if found.step > reported]
+        count, keeping, self.bad = len(self.rows), self.keeping, []
+        snapshots, data_s, stood_s = 0, 0.0, 0.0
+        waited_s = keeping.waited_s if keeping else 0.0
+        flight: list[tuple[int, dict[str, jax.Array], jax.Array | None]] = []
+        for step in range(first, last):
+            if self.halted:
+                break
+            self.profile(step)
+            index, started = data.batch_index(step, self.skipped), time.monotonic()
+            tokens = data.place(self.functions.batch, partial(self.dataset.train_rows, index))
+            hidden_s = OVERLAPPED * self.rows[-1].step_s if self.rows else math.inf
+            data_s += max(0.0, time.monotonic() - started - hidden_s)
+            self.state, metrics = self.train(self.state, tokens)
+            due = keeping is not None and every > 0 and (step + 1) % every == 0
+            snapshots += due
+            flight.append((step + 1, metrics, self.of_state("pack")(self.state) if due else None))
+            if len(flight) > 1:
+                self.take(*flight.pop(0))
+            if keeping and due and not self.beside:
+                self.take(*flight.pop(0))
+                stood_s += self.stand_still(keeping)
+        for entry in flight:
+            self.take(*entry)
+        self.profile_ends(last)
+        hidden_s = snapshots * OVERLAPPED * self.rows[-1].step_s if self.rows else 0.0  # devices had a step to do
+        wait_s = stood_s + max(0.0, keeping.waited_s - waited_s - hidden_s) if keeping else 0.0
+        return Ran(tuple(self.rows[count:]), tuple(self.bad), self.halted, snapshots, wait_s, data_s)
+
+    def stand_still(self, keeping: Keeping) -> float:
+        """Until the snapshot is off the devices; returns the seconds."""
+        keeping.settle()
+        since, self.ready = self.ready, time.monotonic()
+        return self.ready - since
+
+    def take(self, step: int, metrics: dict[str, jax.Array], packed: jax.Array | None) -> None:
+        """Waits for a step; its snapshot is brought to memory from here on, if it is good."""
+        if self.halted:
+            return
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.monotonic()
+        self.rows.append(Row(step, values, now - self.ready, time.time()))
+        self.ready = now
+        if not values["ok"]:
+            self.judge(step)
+        if self.keeping:
+            slots.tell_progress(self.keeping.slots, step)
+            if packed is not None and values["ok"]:
+                results = partial(snapshot.noted, self.attempt, tuple(self.rows), tuple(self.evals))
+                self.keeping.hand_over(step, packed, results)
+
+    def judge(self, step: int) -> None:
+        """Of a bad step: names its batch, and halts unless it may be passed over. Every host comes to the same."""
+        index = data.batch_index(step - 1, self.skipped)
+        ids = data.batch_ids(self.dataset, index) if jax.process_index() == 0 else []
+        self.bad.append(Bad(step, index, tuple(ids)))
+        last = [row.metrics["ok"] for row in self.rows[-IN_A_ROW:]]
+        in_a_row = len(last) == IN_A_ROW and not any(last)
+        self.halted = self.program.guard.action != "skip" or in_a_row
+
+    def profile(self, step: int) -> None:
+        """Opens the profiler's trace before its first step, closes it before the first that is not its; host 0 only."""
+        self.profile_ends(step)
+        bounds = self.program.profile.steps
+        if bounds and not self.tracing and bounds[0] <= step < bounds[1] and jax.process_index() == 0:
+            jax.profiler.start_trace(str(self.folder / "profile"))
+            self.tracing = True
+
+    def profile_ends(self, step: int) -> None:
+        """Closes the trace once `step` steps are done and that is all it was to hold."""
+        if self.tracing and step >= min(self.program.profile.steps[1], self.program.train.steps):
+            jax.block_until_ready(self.state)
+            jax.profiler.stop_trace()
+            self.tracing = False
+
+    def evaluate(self, step: int) -> Evaluated:
+        """Over eval.batches held-out batches, always the same ones."""
+        assert self.state is not None
+        started = time.monotonic()
+        if self.eval is None:
+            self.eval, _ = self.compile("eval", (self.functions.state.params, self.functions.batch))
+        total = count = 0.0
+        batches = min(self.program.eval.batches, -(-len(self.dataset.eval) // self.dataset.batch))
+        for index in range(batches):
+            tokens = data.place(self.functions.batch, partial(self.dataset.eval_rows, index))
+            loss, targets = self.eval(self.state.params, tokens)
+            total, count = total + float(loss), count + float(targets)
+        self.ready = time.monotonic()
+        found = Evaluated(step, total / max(count, 1.0), self.ready - started)
+        self.evals.append(found)
+        return found
+
+    def poison(self) -> None:
+        """A rehearsal of a bad state: the first parameter is not a number any more."""
+        assert self.state is not None
+        leaves, tree = jax.tree.flatten(self.state.params)
+        params = jax.tree.unflatten(tree, [leaves[0] * float("nan"), *leaves[1:]])
+        self.state = self.state._replace(params=params)
+
+    def save(self, step: int) -> Saved:
+        """Has a copy of the state saved in the background. What becomes of that is told by `trouble`."""
+        assert self.state is not None
+        if self.halted or self.rows and not self.rows[-1].metrics["ok"]:
+            return Saved(0.0, f"step {step} comes after a bad one: its state may be bad as well")
+        started = time.monotonic()
+        copy = self.of_state("copy") if self.beside else lambda state: state
+        sums_of, state = self.of_state("sums"), self.state
+        # Waited for: two programs that let devices meet, under way at once, can wait for each other for ever.
+        job = saving.begin(self.saver, step, lambda: (copy(state), jax.block_until_ready(sums_of(state))))
+        if not self.beside:
+            job.off.wait(VOTE_S)
+        self.ready = time.monotonic()
+        return Saved(self.ready - started, None)
+
+    def trouble(self) -> Failed | None:
+        """The save that was found to have failed since the last call, if any."""
+        return saving.poll(self.saver)
+
+    def wait(self, wait_s: float = math.inf) -> bool:
+        """Returns once nothing is being written any more; False where something still is after wait_s."""
+        if self.tracing:  # stopped amid the steps to be traced
+            jax.profiler.stop_trace()
+            self.tracing = False
+        return saving.settle(self.saver, wait_s)

@@ -1,0 +1,218 @@
+"""What a run has on its hosts beyond one attempt: their places, the memory of snapshots, processes in reserve."""
+
+import signal
+import time
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from gemma.config import ConfigError
+from gemma.messages import Opened
+from orchestrator.config import Config, with_slices
+from orchestrator.hosts import group as hosts
+from orchestrator.hosts import memory, placement
+from orchestrator.hosts.group import Group
+from orchestrator.hosts.keeper import Held
+from orchestrator.hosts.memory import Attaching
+from orchestrator.hosts.placement import Placement, Spot
+from orchestrator.interrupt import StoppedError
+from orchestrator.record import rundir
+from orchestrator.recovery.outcome import Evidence
+from orchestrator.slices import metadata
+from orchestrator.slices.given import Given
+from orchestrator.slices.upkeep import NoSlicesError
+
+BACK = "a lost slice is back"
+SAY_EVERY_S = 60.0
+PATIENCE_S = 3.0  # for memory, after a failure: another one soon after shall find it
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A host that this run trains on no more."""
+
+    spot: Spot
+    why: str
+
+    def __str__(self) -> str:
+        return f"host {self.spot.ip} (worker {self.spot.worker_id} of {self.spot.slice_name}): {self.why}"
+
+
+@dataclass
+class Site:
+    """Kept by the controller; actor handles are by node id."""
+
+    config: Config  # of the whole run: with the slices that are wanted
+    space: str  # the keepers' namespace
+    given: Given
+    keepers: dict[str, Any] = field(default_factory=dict)
+    spares: dict[str, Any] = field(default_factory=dict)  # processes with everything imported
+    predecessors: dict[str, int] = field(default_factory=dict)  # the pid that was last at work on a node
+    notices: dict[str, str] = field(default_factory=dict)  # of nodes about to be taken away
+    ooms: dict[str, int] = field(default_factory=dict)  # processes killed for memory on a node so far
+    keys: list[str] = field(default_factory=list)  # of each rank's share
+    fit: set[str] = field(default_factory=set)  # nodes whose chips were found sound
+    quarantined: dict[str, Quarantined] = field(default_factory=dict)  # by node id: an address may be another host's
+    placement: Placement | None = None
+    occupied: bool = False  # the run has had its slices
+    needed: bool = True  # the memory: not once all is on disk
+
+    @property
+    def avoid(self) -> Mapping[str, Any]:
+        """Nodes that will go or are bad, as it stands whenever it is looked at."""
+        return ChainMap(self.notices, self.quarantined)
+
+
+def occupy(site: Site, stop: Callable[[], bool], tell: Callable[[str], None]) -> Placement:
+    """The hosts of the last attempt if all of them stay, else others: as many slices as wanted or, when a lost one is
+    not replaced in time, fewer. Raises StoppedError, TimeoutError.
+    """
+    if site.placement is not None and not placement.stands(site.placement, site.avoid):
+        placement.release(site.placement)
+        site.placement = None
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        site.keepers = {node: keeper for node, keeper in site.keepers.items() if node in alive}
+    if site.placement is None:
+        config = site.config
+        bad = "".join(f"; quarantined: {one}" for one in site.quarantined.values())
+        said = time.monotonic()
+        for one in site.quarantined.values():
+            site.given.discard(one.spot, one.why)
+
+        def wait() -> None:
+            nonlocal said
+            if stop():
+                raise StoppedError("slices")
+            site.given.repair()
+            if site.notices:
+                heed(site, memory.inventory(site.keepers))
+            if time.monotonic() - said > SAY_EVERY_S:
+                said = time.monotonic()
+                tell(f"waiting for {config.cluster.num_slices} x {config.cluster.slice}{bad}")
+
+        enough = partial(counts, config, site.occupied)
+        try:
+            site.placement = placement.reserve(config, enough, site.avoid, wait, site.given.owns)
+        except TimeoutError as late:
+            raise TimeoutError(f"{late}{bad}") from late
+        site.occupied = True
+    return site.placement
+
+
+def heed(site: Site, held: Mapping[str, Held]) -> None:
+    """Which hosts are about to be taken away. A warning may be taken back, but not by silence: Ray takes a host for
+    alive for some seconds after it is gone.
+    """
+    now = {node: said for node, said in site.notices.items() if node not in held}
+    now |= {node: one.notice for node, one in held.items() if one.notice}
+    site.notices.clear()  # in place: who waits for hosts looks at it
+    site.notices |= now
+
+
+def quarantined(folder: Path) -> dict[str, Quarantined]:
+    """By earlier controllers of this run too."""
+    told = [event for event in rundir.events(folder) if event["event"] == "unfit"]
+    return {e["node"]: Quarantined(Spot(e["slice"], e["worker"], e["node"], e["host"]), e["why"]) for e in told}
+
+
+def counts(config: Config, again: bool, waited_s: float) -> list[int]:
+    """How many slices will do after waiting for so long; none once it is too late. Pure.
+
+    again: the run has had its slices before.
+    """
+    wanted, timeout = config.cluster.num_slices, config.timeout
+    if not again:
+        return [wanted] if waited_s <= timeout.reserve_s else []
+    if waited_s > timeout.replace_s:
+        return []
+    least = config.cluster.min_slices or wanted
+    return [wanted] if waited_s < timeout.shrink_s else [n for n in range(least, wanted + 1) if can_shrink(config, n)]
+
+
+def can_shrink(config: Config, count: int) -> bool:
+    try:
+        with_slices(config, count)
+    except ConfigError:
+        return False
+    return True
+
+
+def reason_to_leave(site: Site) -> Evidence | None:
+    """Why the run should move on at the next step boundary: a host is drained, or a lost slice is back."""
+    assert site.placement is not None
+    site.given.news()
+    wanted = site.config.cluster.num_slices
+    going = placement.draining()
+    for rank, spot in enumerate(site.placement.spots):
+        if spot.node_id in going:
+            return Evidence(rank, notice=f"host {spot.ip} is being drained", time=time.time())
+    if site.placement.slices < wanted:
+        with suppress(NoSlicesError):  # the run has enough to go on with; said again where it has to wait
+            site.given.repair()
+        _, free = placement.look(site.config, site.avoid, site.given.owns)
+        if len(free) + site.placement.slices >= wanted:
+            return Evidence(0, notice=BACK, time=time.time())
+    return None
+
+
+def take_spares(site: Site) -> dict[str, Any]:
+    """They are at work from now on."""
+    taken, site.spares = hosts.living(site.spares), {}
+    return taken
+
+
+def man(site: Site, group: Group) -> None:
+    """A keeper on every host, come up while the program is loaded; it notes when the host's process ends."""
+    for spot, (node, pid) in zip(group.placement.spots, group.by_node.items(), strict=True):
+        if node not in site.keepers:
+            asked = metadata.HOST if site.config.cluster.kind != "local" else None
+            site.keepers[node] = memory.make(site.space, spot, site.config.checkpoint.memory_idle_s, asked)
+        site.keepers[node].watch.remote(pid)
+
+
+def kill(site: Site, group: Group) -> None:
+    """Ends the processes of an attempt: by their hosts' keepers at once, even a stopped one, and by Ray."""
+    site.predecessors |= group.by_node
+    for node, pid in group.by_node.items():
+        if node in site.keepers:
+            site.keepers[node].signal.remote(pid, signal.SIGKILL)
+    hosts.stop(group.workers)
+
+
+def put_by(site: Site) -> None:
+    """A process in reserve on every host."""
+    assert site.placement is not None
+    for spot in site.placement.spots:
+        if spot.node_id not in site.spares:
+            site.spares[spot.node_id] = hosts.spare(spot)
+
+
+def equip(site: Site, group: Group, opened: Sequence[Opened], patience_s: float) -> Attaching:
+    """Asks for memory on every host."""
+    keepers = [site.keepers[spot.node_id] for spot in group.placement.spots]
+    keys = [one.share_key for one in opened]
+    return memory.attach(keepers, keys, opened[0].share_bytes, patience_s)
+
+
+@contextmanager
+def opened(config: Config, folder: Path, given: Given) -> Iterator[Site]:
+    """With what an earlier controller of this run left. At the end all is given back, but for snapshots that a
+    controller which resumes the run will want.
+    """
+    site = Site(config, memory.namespace(folder.name, rundir.read_manifest(folder).created), given)
+    site.keepers = memory.find(site.space)
+    site.quarantined = quarantined(folder) if config.fitness.check else {}  # false lifts it
+    try:
+        yield site
+    finally:
+        hosts.stop(site.spares.values())
+        if not site.needed:
+            memory.end(site.keepers)
+        if site.placement is not None:
+            placement.release(site.placement)

@@ -1,0 +1,156 @@
+"""What can be refused before anything is started, besides the config itself."""
+
+import contextlib
+import math
+import os
+import socket
+from pathlib import Path
+
+from rich.console import Console
+
+from gemma.config import ConfigError, naming
+from gemma.plan import analytic, flops, v5p
+from gemma.text import corpus, tokenizer
+from orchestrator.config import Config
+from orchestrator.plan import ahead, plan, search
+from orchestrator.record import source
+from orchestrator.slices import metadata
+from orchestrator.slices.cluster import check_complete
+
+ANSWER_TIMEOUT_S = 2.0
+MOST_SIMULATED_HOSTS = 64
+FAR_BELOW = 0.25  # of HBM by arithmetic: no compiler is asked
+HOST_BYTES = 300 << 20  # Python, JAX and a Ray node
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError. Data, tokenizer and weights are looked at where they are this machine's: elsewhere the hosts
+    look.
+    """
+    if config.train.tokens is not None:
+        steps = math.ceil(config.train.tokens / (config.train.batch * config.data.sequence))
+        raise ConfigError(f"train.tokens={config.train.tokens:g}: only launch.plan takes it; give train.steps={steps}")
+    if config.detach:
+        return  # the rest is looked at on the machine that will drive the run
+    if source.is_submitted():
+        check_stays()
+    with naming(f"run.root={config.run.root}"):
+        check_directory("run.root", config.run.root)
+    if config.cluster.kind == "ray":
+        check_address(str(config.cluster.address))
+    if config.cluster.gcp is not None:
+        from orchestrator.slices import gcp, head, startup  # half a second that other runs do not pay
+
+        gcp.api(config.cluster.gcp)
+        startup.script(config.cluster.gcp)
+        head.check(config.cluster, config.cluster.gcp)
+    if config.cluster.gke is not None:
+        from orchestrator.slices import kube
+
+        check_complete(config.cluster.gke)
+        claim, mount = config.cluster.gke.claim, config.cluster.gke.mount
+        if not Path(config.run.root).expanduser().absolute().is_relative_to(mount):
+            raise ConfigError(
+                f"run.root={config.run.root}: the hosts see cluster.gke.claim={claim} at cluster.gke.mount={mount};"
+                f" give run.root={mount.rstrip('/')}/..., with the same storage mounted there on this machine"
+            )
+        kube.check(config.cluster.gke)
+    if config.cluster.kind == "local":
+        check_size(config)
+        with naming(f"run.cache={config.run.cache}"):
+            check_directory("run.cache", config.run.cache)
+        if config.train.init_from is not None:
+            from gemma.weights import sources  # a tenth of a second that other runs do not pay
+
+            sources.check_model("train.init_from", config.train.init_from, config.model)
+        corpus.check(config.data, config.train.batch)
+        coder = tokenizer.load(config.data.tokenizer)
+        if coder.vocab > config.model.vocab:
+            raise ConfigError(
+                f"model.vocab={config.model.vocab}: data.tokenizer={config.data.tokenizer} makes {coder.vocab} ids;"
+                f" give model.vocab={-(-coder.vocab // 128) * 128} or a larger model"
+            )
+
+
+def check_stays() -> None:
+    """A submitted controller must not be on a machine that may be taken away, where the machine can tell."""
+    with contextlib.suppress(OSError):  # not a machine of Google's
+        if metadata.ask(os.environ.get("GCE_METADATA_HOST", metadata.HOST), "scheduling/preemptible") == "TRUE":
+            raise ConfigError(
+                "detach=true: the head of the Ray cluster is a preemptible machine, and a controller there would go"
+                " with it; start the head on one that stays"
+            )
+
+
+def check_size(config: Config) -> None:
+    """A slice simulated on this machine must fit in it."""
+    if config.hosts > MOST_SIMULATED_HOSTS:
+        raise ConfigError(
+            f"cluster.slice={config.cluster.slice} cluster.num_slices={config.cluster.num_slices}: {config.hosts} hosts"
+            f" are too many for cluster=local, which simulates them here; allowed are {MOST_SIMULATED_HOSTS}"
+        )
+    # Weights, gradients and the two moments, float32. Replicas each hold all of them.
+    state_bytes = 16 * sum(flops.parameters(config.model)) * config.program.mesh.replica
+    needed_bytes = state_bytes + config.hosts * HOST_BYTES
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed_bytes > memory_bytes:
+        raise ConfigError(
+            f"model={config.model.name}: on cluster=local, {config.hosts} simulated hosts need about"
+            f" {needed_bytes / 1e9:.0f} GB and this machine has {memory_bytes / 1e9:.0f} GB; a smaller model or slice"
+            " fits, or cluster=ray"
+        )
+
+
+def check_fits(config: Config) -> None:
+    """Compiles the step for the slices before any is asked for. Raises ConfigError naming what fits, if it does not."""
+    if config.cluster.kind == "local" or config.plan.skip:
+        return
+    if analytic.hbm_bytes(config.program) < FAR_BELOW * v5p.HBM_BYTES:
+        return
+    with Console(stderr=True).status("") as status:
+
+        def tell(what: str, elapsed_s: float) -> None:
+            status.update(f"compiling {what}, to see whether it fits: {elapsed_s:.0f} s")
+
+        try:
+            answer = ahead.ask(config, tell)
+            made = plan.make(config, answer.facts, [], answer.cached)
+            found = None if made.fits else search.nearest(config, tell)
+        except ahead.CompilerError as error:
+            raise ConfigError(f"plan: {error}; plan.skip=true goes on without it") from error
+    if made.fits:
+        return
+    larger = f"none on a {config.cluster.slice}; python -m launch.plan with plan.smallest=true looks for a slice"
+    fitting = " ".join(search.overrides(found, [])) if found else larger
+    shown = " ".join(f"mesh.{axis}={size}" for axis, size in made.mesh.items())
+    also = f" ({plan.WITHOUT_COPIES})" if made.message == plan.WITHOUT_COPIES else ""
+    raise ConfigError(
+        f"{shown}: needs {made.hbm_bytes.total / 1e9:.1f} GB of {v5p.HBM_BYTES / 1e9:.0f} GB HBM a chip with"
+        f" train.remat={config.train.remat}{also}; nearest that fits: {fitting} (plan.skip=true overrides)"
+    )
+
+
+def check_directory(key: str, root: str) -> None:
+    """The directory exists and can be written, or can be made."""
+    if not root:
+        raise ConfigError(f"{key}=: empty; give a directory")
+    path = Path(root).expanduser().absolute()
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir():
+        raise ConfigError(f"{key}={root}: {path} is a file, not a directory")
+    if not os.access(path, os.W_OK | os.X_OK) or path.is_relative_to("/proc"):
+        raise ConfigError(f"{key}={root}: {path} cannot be written")
+
+
+def check_address(address: str) -> None:
+    """Something listens there: Ray itself would try for minutes."""
+    if address == "auto" or address.startswith("ray://"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"cluster.address={address}: must be HOST:PORT, or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cluster.address={address}: nothing answers there ({error})") from error

@@ -1,0 +1,1 @@
+"""All that a run writes down: its directory, metrics, events, goodput, wandb, the screen."""

@@ -1,0 +1,60 @@
+"""What to do about a failure. Pure: the controller obeys."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.recovery.outcome import Outcome
+
+FREE = frozenset({Outcome.PREEMPTED, Outcome.REGROWN})  # nobody's fault, and foreseen
+RETRIED = FREE | {
+    *(Outcome.SLICE_LOST, Outcome.NODE_DIED, Outcome.OUT_OF_MEMORY, Outcome.HOST_CRASHED, Outcome.HOST_DIED),
+    *(Outcome.HANG, Outcome.PEER_LOST, Outcome.SNAPSHOT, Outcome.CHECKPOINT, Outcome.UNFIT),
+}
+# Made by the program itself: where one comes back at the same step, it will come back for ever. What is done to a run
+# from outside, a kill or a lost machine, may strike twice at a step by chance.
+IN_FLIGHT = 1  # step: whether it was done when its successor failed is a matter of chance
+OWN = frozenset({Outcome.OUT_OF_MEMORY, Outcome.HOST_CRASHED, Outcome.HANG, Outcome.PEER_LOST})
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failure of the run's history."""
+
+    outcome: Outcome
+    signature: str  # equal for equal failures: outcome, exception, last frame
+    step: int  # the newest step done before it
+    committed: int | None  # the newest step that could be gone back to then, in memory or on disk
+    others: int = 0  # of an unreadable checkpoint: the older ones
+
+
+@dataclass(frozen=True)
+class Restart:
+    reason: str
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    reason: str
+
+
+def decide(history: Sequence[Failure], budget: int) -> Restart | GiveUp:
+    """history: every failure of this run, the newest last. The budget counts those since the last new commit."""
+    last = history[-1]
+    name = last.outcome.value
+    if last.outcome not in RETRIED:
+        return GiveUp(f"{name}: trying again would fail again")
+    if last.outcome is Outcome.CHECKPOINT:
+        if last.others == 0:
+            return GiveUp(f"{name}, and there is no older one; the run does not start afresh by itself")
+        return Restart(f"{name}; the one before is used")
+    counted = [failure for failure in history if failure.outcome not in FREE]
+    if last.outcome in FREE:
+        return Restart(f"{name}; not counted as a failure")
+    if len(counted) > 1 and last.outcome in OWN:
+        before = counted[-2]
+        if before.signature == last.signature and abs(before.step - last.step) <= IN_FLIGHT:
+            return GiveUp(f"{name}: twice the same at step {last.step}")
+    spent = sum(failure.committed == last.committed for failure in counted)
+    if spent > budget:
+        return GiveUp(f"{spent} failures without a newly committed step; retry.budget={budget}")
+    return Restart(f"{name}; {spent} of retry.budget={budget} since the last newly committed step")

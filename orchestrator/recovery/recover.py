@@ -1,0 +1,171 @@
+"""From a failure to hosts that stand ready again: what it was, and where to go on from."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import ray
+
+from gemma.config import ConfigError
+from gemma.memory.wire import Source
+from gemma.messages import Opened, Restored
+from orchestrator.chaos import chaos, faults
+from orchestrator.config import Config
+from orchestrator.hosts import group as hosts
+from orchestrator.hosts import memory, placement, sites, witness
+from orchestrator.hosts.group import Group, HostsFailedError
+from orchestrator.hosts.keeper import Held
+from orchestrator.hosts.memory import Common
+from orchestrator.hosts.sites import Site
+from orchestrator.interrupt import Interrupt
+from orchestrator.record import rundir
+from orchestrator.record.report import Report
+from orchestrator.recovery.outcome import Evidence, Outcome, classify
+from orchestrator.recovery.policy import Failure
+
+
+def start(
+    config: Config, folder: Path, group: Group, site: Site, report: Report, interrupt: Interrupt, started: float
+) -> list[Opened]:
+    """Brings the hosts to the newest step that all can go on from: in memory, else on disk, else the beginning."""
+    report.phase("start", "loading data and compiling")
+    planned = faults.plan(config.chaos, config.train.steps, len(group.workers))
+    call = hosts.open_trainers(group, config, folder)
+    chaos.strike(planned, "compile", group, site, report)
+    opened: list[Opened] = hosts.collect(call, interrupt.asked)
+    saved = newest_checkpoint(folder)
+    held = memory.inventory(site.keepers)
+    site.keys = [one.share_key for one in opened]
+    site.ooms |= {node: one.ooms for node, one in held.items()}
+    common = recall(held, group, opened, folder, saved or 0)
+    step = common.step if common else saved
+    report.restoring = None if common else saved
+    where = "initialising" if step is None else f"restoring step {step} from {'memory' if common else 'disk'}"
+    report.phase("start", where)
+    go_back(site, step or 0, config.timeout.start_s)
+    sources = [None] * len(opened) if common is None else sources_of(common, held, group, opened)
+    arguments = [(step, source, rundir.skipped_batches(folder)) for source in sources]
+    call = hosts.call_each(group, config.timeout.restore_s, "restore", arguments)
+    chaos.strike(planned, "restore", group, site, report)
+    restored: list[Restored] = [told.value for told in hosts.collect(call, interrupt.asked)]
+    same_text(folder, {answer.fingerprint for answer in restored}, config.resume.allow_data_change)
+    report.phase("step", "training")
+    report.ready(restored[0], common.attempt if common else None, time.monotonic() - started)
+    return opened
+
+
+def recall(held: dict[str, Held], group: Group, opened: list[Opened], folder: Path, saved: int) -> Common | None:
+    """What the hosts' memories hold in common, unless the disk holds a later step."""
+    keys = [one.share_key for one in opened]
+    nodes = [spot.node_id for spot in group.placement.spots]
+    common = memory.newest_common(keys, nodes, held, memory.branches(rundir.events(folder)))
+    return common if common is not None and common.step >= saved else None
+
+
+def sources_of(common: Common, held: dict[str, Held], group: Group, opened: Sequence[Opened]) -> list[Source | None]:
+    """Where each rank reads its share: a path on its own host, an address elsewhere."""
+    found: list[Source | None] = []
+    for node, spot, one in zip(common.nodes, group.placement.spots, opened, strict=True):
+        here = node == spot.node_id
+        found.append(Source(held[node].paths[one.share_key], None) if here else Source(None, held[node].address))
+    return found
+
+
+def go_back(site: Site, step: int, timeout_s: float) -> None:
+    """No memory holds a step beyond this one any more: such would not be of the history that is now made."""
+    refs = [keeper.go_back.remote(step) for keeper in site.keepers.values()]
+    ray.wait(refs, num_returns=len(refs), timeout=timeout_s) if refs else None
+
+
+def same_text(folder: Path, prints: set[str], allow_change: bool) -> None:
+    """Refuses hosts that read different tokens, and tokens other than those the run has trained on."""
+    if len(prints) > 1:
+        raise ConfigError("data.path: the hosts do not see the same text; give a path that all of them share")
+    before = [event["fingerprint"] for event in rundir.events(folder) if "fingerprint" in event]
+    if before and {before[-1]} != prints and not allow_change:
+        raise ConfigError(
+            "data: the text or tokenizer is not what this run has trained on, so its batches would be others;"
+            " allowed with resume.allow_data_change=true"
+        )
+
+
+def newest_checkpoint(folder: Path) -> int | None:
+    """The step to go on from. Fails closed: what was committed once must still be there.
+
+    Hosts run ahead of the controller: where it died, a checkpoint may lie beyond the last step it wrote down. An
+    earlier one is taken then, so that every step has its line; the steps done again are the same to the bit.
+    """
+    found = rundir.committed(folder)
+    events = rundir.events(folder)
+    aside = {event["step"] for event in events if event["event"] == "set_aside"}
+    announced = [event["step"] for event in events if event["event"] == "commit" and event["step"] not in aside]
+    if announced and (not found or found[-1] < max(announced)):
+        missing = folder / "checkpoints" / str(max(announced))
+        message = f"{missing} was committed and is gone; the run does not start afresh by itself"
+        raise HostsFailedError([Evidence(0, exception="CheckpointError", message=message)])
+    reported = max(rundir.metrics(folder), default=0)
+    return max([step for step in found if step <= reported] or found, default=None)
+
+
+def understand(folder: Path, failed: HostsFailedError, group: Group, site: Site, report: Report) -> Failure:
+    """Finds out what a failure was, and writes its full story to a file. Raises ConfigError for the user's mistakes."""
+    held = memory.inventory(site.keepers)
+    sites.heed(site, held)
+    evidence = witness.investigate(failed.evidence, group, site, held, folder, report.attempt)
+    kernel: dict[int, str] = {}
+    if all(item.overdue for item in evidence):
+        kernel = witness.dump_stacks(group, site, folder, report.attempt)
+        evidence = [replace(item, stopped=witness.is_stopped(kernel.get(item.rank, ""))) for item in evidence]
+    outcome, cause = classify(evidence)
+    if outcome is Outcome.BAD_INPUT:
+        raise ConfigError(cause.message)
+    nodes = [spot.node_id for spot in group.placement.spots]
+    common = memory.newest_common(site.keys, nodes, held, memory.branches(rundir.events(folder)))
+    done = max([report.newest, *(one.done for one in held.values())])
+    others = set_aside(folder, report) if outcome is Outcome.CHECKPOINT else 0
+    restorable = [*rundir.committed(folder), *([common.step] if common else [])]
+    told = tell(evidence, kernel)
+    path = folder / "logs" / f"attempt-{report.attempt}-failure.txt"
+    rundir.try_text(path, f"{outcome.value}: rank {cause.rank} at step {done}\n\n{told}")
+    report.failed(outcome.value, cause, done, path)
+    frames = [line.strip() for line in cause.traceback.splitlines() if line.lstrip().startswith("File ")]
+    signature = " | ".join([outcome.value, cause.exception or "", cause.crash.partition("\n")[0], *frames[-1:]])
+    return Failure(outcome, signature, done, max(restorable, default=None), others)
+
+
+def moved(cause: Evidence, site: Site, report: Report) -> Failure:
+    """The run was told to move on, and has saved."""
+    sites.heed(site, memory.inventory(site.keepers))
+    assert site.placement is not None
+    if cause.notice == sites.BACK:
+        placement.release(site.placement)
+        site.placement = None
+    elif said := site.notices.get(site.placement.spots[cause.rank].node_id):
+        cause = replace(cause, notice=said)
+    outcome = Outcome.REGROWN if cause.notice == sites.BACK else Outcome.PREEMPTED
+    report.failed(outcome.value, cause, report.newest, None)
+    return Failure(outcome, outcome.value, report.newest, report.newest)
+
+
+def tell(evidence: list[Evidence], kernel: dict[int, str]) -> str:
+    """The full story, host by host."""
+    story = []
+    for item in evidence:
+        facts = {
+            k: v for k, v in asdict(item).items() if v not in (None, "", False) and k not in ("traceback", "crash")
+        }
+        story += [f"rank {item.rank}: {facts}", item.crash, item.traceback, kernel.get(item.rank, "")]
+    return "\n".join(filter(None, story)) + "\n"
+
+
+def set_aside(folder: Path, report: Report) -> int:
+    """Renames the checkpoint that could not be read: the one before is the newest now. Returns how many are left."""
+    step = report.restoring
+    if step is not None:
+        path = folder / "checkpoints" / str(step)
+        aside = path.with_name(f"{step}.unreadable-{report.attempt}")
+        path.rename(aside)
+        report.event("set_aside", step, path=str(aside))
+        report.screen.say(f"checkpoint {path} cannot be read; kept as {aside}")
+    return len(rundir.committed(folder))

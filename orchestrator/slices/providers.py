@@ -1,0 +1,32 @@
+"""Who gives the slices: one module a provider. Each has `connect(config, tell, asked)`, a context in which Ray is
+connected to a cluster that holds, or will hold, the slices as labelled nodes; leaving it gives back what the provider
+made."""
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from orchestrator.config import Config
+from orchestrator.slices.given import Given
+
+MODULES = {"local": "local", "ray": "existing", "gcp": "cloud", "gke": "gke"}
+
+
+def provider(config: Config) -> ModuleType:
+    """Imported when needed: a cloud's client takes half a second."""
+    return importlib.import_module(f"orchestrator.slices.{MODULES[config.cluster.kind]}")
+
+
+@contextmanager
+def connect(config: Config, tell: Callable[[str, str], None], asked: Callable[[], bool]) -> Iterator[Given]:
+    """Gives what replaces lost and bad hosts.
+
+    tell: is given the news, what and what of it. asked: whether the user wants to stop. Raises ConfigError where the
+    provider cannot be reached, StoppedError, and TimeoutError and NoSlicesError where it gives nothing.
+    """
+    with provider(config).connect(config, tell, asked) as given:
+        from ray._private import worker
+
+        worker._worker_logs_enabled = False  # a death is told by us, in one line
+        yield given

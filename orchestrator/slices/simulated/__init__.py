@@ -1,0 +1,1 @@
+"""A Ray cluster of simulated TPU hosts on this machine."""
