@@ -92,7 +92,7 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class Found:
+class ChipFacts:
     """What a host has found out about its chips; of each, in their order, what is a tuple."""
 
     platform: str

@@ -204,15 +204,15 @@ def give_back(config: Config, provider: Provider, key: str, owner: str) -> int:
 def up(config: Config, owner: str) -> int:
     kept = providers.provider(config).upkeep(config, owner)
     deadline = time.monotonic() + config.timeout.reserve_s
-    with upkeep.kept(kept, keep=True, tell=tell) as given:
+    with upkeep.kept(kept, keep=True, tell=tell) as lease:
         while time.monotonic() < deadline:
             try:
-                given.repair()
+                lease.repair()
             except upkeep.NoSlicesError as error:
                 tell("cluster", str(error))
                 return Exit.GAVE_UP
             if sum(state is State.READY for state in kept.states.values()) >= kept.wanted.count:
-                given.repair()
+                lease.repair()
                 return Exit.FINISHED
             time.sleep(0.1)
     tell("cluster", f"not all there after timeout.reserve_s={config.timeout.reserve_s:.0f}; what waits is kept")

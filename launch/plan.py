@@ -63,13 +63,13 @@ def work() -> int:
 
 def plans(overrides: list[str], tell: ahead.Tell) -> list[plan.Plan]:
     """The best first; one where nothing is searched for."""
-    given = {override.partition("=")[0].lstrip("+") for override in overrides}
+    overridden = {override.partition("=")[0].lstrip("+") for override in overrides}
     plain = [o for o in overrides if not o.startswith(("plan.", "train.tokens", "run."))]
     config = composed(overrides)
     if config.plan.smallest:
-        return search.smallest(config, given, plain, tell)
+        return search.smallest(config, overridden, plain, tell)
     if config.plan.search:
-        return search.best(config, given, plain, tell)
+        return search.best(config, overridden, plain, tell)
     answer = ahead.ask(config, tell)
     return [plan.make(config, answer.facts, plain, answer.cached)]
 

@@ -84,8 +84,8 @@ def resume_there(own: dict[str, str], overrides: list[str]) -> int:
     """The same as a job, where the run lies: there its manifest is read, and what may not be is refused."""
     from orchestrator import jobs
 
-    given = {key: value for key, _, value in (override.partition("=") for override in overrides)}
-    own |= {"cluster.address": given.get("cluster.address", "")}
+    overridden = {key: value for key, _, value in (override.partition("=") for override in overrides)}
+    own |= {"cluster.address": overridden.get("cluster.address", "")}
     at, run = detached.dashboard(own), own["run"]
     if at is None:  # the directory is here as there
         folder = rundir.find(own["run.root"], run)

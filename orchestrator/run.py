@@ -15,15 +15,16 @@ from orchestrator import config as configs
 from orchestrator.chaos import chaos, faults
 from orchestrator.config import Config
 from orchestrator.exit import HOW, Exit
-from orchestrator.hosts import fitness, sites
+from orchestrator.hosts import fitness
+from orchestrator.hosts import fleet as fleets
 from orchestrator.hosts import group as hosts
+from orchestrator.hosts.fleet import Fleet
 from orchestrator.hosts.group import Group, HostsFailedError
 from orchestrator.hosts.memory import Attaching
-from orchestrator.hosts.sites import Site
 from orchestrator.interrupt import Interrupt, StoppedError
-from orchestrator.programs import flight as flights
+from orchestrator.programs import pipeline as pipelines
 from orchestrator.programs import rewind
-from orchestrator.programs.flight import Flight
+from orchestrator.programs.pipeline import Pipeline
 from orchestrator.programs.saves import Saves
 from orchestrator.record import rundir
 from orchestrator.record.progress import summary
@@ -81,15 +82,15 @@ def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) ->
     report.phase("reserve", "starting the cluster")
     try:
         with (
-            providers.connect(config, report.provided, interrupt.asked) as given,
-            sites.opened(config, folder, given) as site,
+            providers.connect(config, report.provided, interrupt.asked) as lease,
+            fleets.managed(config, folder, lease) as fleet,
         ):
-            return attempt(config, folder, site, report, interrupt)
+            return attempt(config, folder, fleet, report, interrupt)
     except WAITED_IN_VAIN as early:
         return left_waiting(early, report)
 
 
-def attempt(config: Config, folder: Path, site: Site, report: Report, interrupt: Interrupt) -> Exit:
+def attempt(config: Config, folder: Path, fleet: Fleet, report: Report, interrupt: Interrupt) -> Exit:
     """Trains until the last step, again and again."""
     history: list[Failure] = []
     while True:
@@ -97,38 +98,38 @@ def attempt(config: Config, folder: Path, site: Site, report: Report, interrupt:
         group = None
         try:
             report.phase("reserve", "reserving slices")
-            placement = sites.occupy(site, interrupt.asked, report.screen.say)
+            placement = fleets.reserve_hosts(fleet, interrupt.asked, report.screen.say)
             report.event("reserve", hosts=[spot.ip for spot in placement.spots], slices=placement.slices)
             now = configs.with_slices(config, placement.slices)
             report.phase("start", "starting hosts")
             started = time.monotonic()
-            spares = sites.take_spares(site)
-            group = hosts.spawn(now, placement, folder, report.attempt, site.predecessors, spares)
+            spares = fleets.take_spares(fleet)
+            group = hosts.spawn(now, placement, folder, report.attempt, fleet.predecessors, spares)
             group = hosts.join(group, now, interrupt.asked)
-            sites.man(site, group)
+            fleets.start_keepers(fleet, group)
             report.event("start", duration_s=time.monotonic() - started, pids=list(group.pids))
-            fitness.check(now, group, site, report, interrupt.asked)
-            opened = recover.start(now, folder, group, site, report, interrupt, started)
-            left = train(now, group, opened, site, report, interrupt)
+            fitness.check(now, group, fleet, report, interrupt.asked)
+            opened = recover.start(now, folder, group, fleet, report, interrupt, started)
+            left = train(now, group, opened, fleet, report, interrupt)
             if isinstance(left, Exit):
                 report.event("finish" if left is Exit.FINISHED else "stop")
-                site.needed = False
+                fleet.needed = False
                 return left
-            history.append(recover.moved(left, site, report))
+            history.append(recover.moved(left, fleet, report))
             report.decided(decide(history, config.retry.budget))
         except WAITED_IN_VAIN as early:
             return left_waiting(early, report)  # told before the slices are given back
         except HostsFailedError as failed:
             report.phase("down", "a host failed")
             assert group is not None
-            history.append(recover.understand(folder, failed, group, site, report))
+            history.append(recover.diagnose(folder, failed, group, fleet, report))
             decision = decide(history, config.retry.budget)
             report.decided(decision)
             if isinstance(decision, GiveUp):
                 return Exit.GAVE_UP
         finally:
             if group:
-                sites.kill(site, group)
+                fleets.kill(fleet, group)
             report.write_goodput(now=True)
 
 
@@ -143,7 +144,7 @@ def left_waiting(early: Exception, report: Report) -> Exit:
 
 
 def train(
-    config: Config, group: Group, opened: list[Opened], site: Site, report: Report, interrupt: Interrupt
+    config: Config, group: Group, opened: list[Opened], fleet: Fleet, report: Report, interrupt: Interrupt
 ) -> Exit | Evidence:
     """Keeps two windows in flight until the last step. All is saved when it returns: FINISHED, STOPPED, or what says
     that the run must move on.
@@ -153,36 +154,38 @@ def train(
     looked_at, spent = time.monotonic(), False
     planned = faults.plan(config.chaos, config.train.steps, len(group.workers))
     saves = Saves(max(rundir.committed(report.folder), default=0))
-    flight = Flight(config, group, report, report.facts.step, saves)
-    attaching: Attaching | None = sites.equip(site, group, opened, 0.0 if report.facts.fresh else sites.PATIENCE_S)
-    flights.send_due(flight)
+    pipeline = Pipeline(config, group, report, report.facts.step, saves)
+    attaching: Attaching | None = fleets.request_memory(
+        fleet, group, opened, 0.0 if report.facts.fresh else fleets.PATIENCE_S
+    )
+    pipelines.send_due(pipeline)
     while True:
         # A run that begins makes its first step before anything else.
-        if attaching and (flight.sent or not report.facts.fresh) and attaching.ready():
-            flights.send_keep(flight, attaching, opened)
+        if attaching and (pipeline.sent or not report.facts.fresh) and attaching.ready():
+            pipelines.send_keep(pipeline, attaching, opened)
             attaching = None
         if time.monotonic() - looked_at > LOOK_EVERY_S:
-            left, looked_at = sites.reason_to_leave(site), time.monotonic()
+            left, looked_at = fleets.reason_to_leave(fleet), time.monotonic()
             spent = stop_spending(report)
-        left = Exit.STOPPED if interrupt.asked() or spent else flight.notice or left
-        goes_on = flight.step < config.train.steps and not left and not flight.halted
-        if goes_on and flights.windows(flight) < WINDOWS_IN_FLIGHT:
-            flights.send_window(flight)
-            if flight.saving:
-                chaos.strike(planned, "save", group, site, report)
-                flight.saving = False
+        left = Exit.STOPPED if interrupt.asked() or spent else pipeline.notice or left
+        goes_on = pipeline.step < config.train.steps and not left and not pipeline.halted
+        if goes_on and pipelines.windows(pipeline) < WINDOWS_IN_FLIGHT:
+            pipelines.send_window(pipeline)
+            if pipeline.saving:
+                chaos.strike(planned, "save", group, fleet, report)
+                pipeline.saving = False
             continue
-        if not flight.sent:
+        if not pipeline.sent:
             break
-        flights.take(flight)
-        if flight.halted and not flight.sent:
-            rewind.rewind(flight, opened, site)
-        chaos.strike(planned, "step", group, site, report)
-        if flight.step_s and not attaching:
-            sites.put_by(site)
-    report.phase("save", f"saving step {flight.step}")
-    flights.save_last(flight, patient=left in (None, Exit.STOPPED) or flight.step == config.train.steps)
-    return Exit.FINISHED if flight.step == config.train.steps else left or Exit.STOPPED
+        pipelines.take(pipeline)
+        if pipeline.halted and not pipeline.sent:
+            rewind.rewind(pipeline, opened, fleet)
+        chaos.strike(planned, "step", group, fleet, report)
+        if pipeline.step_s and not attaching:
+            fleets.start_spares(fleet)
+    report.phase("save", f"saving step {pipeline.step}")
+    pipelines.save_last(pipeline, patient=left in (None, Exit.STOPPED) or pipeline.step == config.train.steps)
+    return Exit.FINISHED if pipeline.step == config.train.steps else left or Exit.STOPPED
 
 
 def stop_spending(report: Report) -> bool:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import ray
 
-from orchestrator.hosts import sites
+from orchestrator.hosts import fleet as fleets
 from orchestrator.hosts.keeper import NOTICE, Held, Keeper
 from orchestrator.record import rundir
 from orchestrator.slices import metadata
-from orchestrator.slices.given import Given, avoided
+from orchestrator.slices.lease import Lease, avoided
 from tests import existing_cluster, metadata_server
 from tests.runs import RUN, STEPS, assert_same_run, finish, goodput, launch, wait_for_step
 from tests.test_config import config_of
@@ -103,8 +103,8 @@ def test_a_host_about_to_go_is_left_for_another_slice(undisturbed: Path, tmp_pat
 
 def test_a_warned_host_that_falls_silent_stays_warned() -> None:
     """Ray takes it for alive for some seconds after it is gone: the run would be placed there again."""
-    given = Given(lambda: None, avoided, lambda: None)
-    site = sites.Site(config_of(), "space", given, notices={"silent": "going", "stays": "going"})
+    given = Lease(lambda: None, avoided, lambda: None)
+    fleet = fleets.Fleet(config_of(), "space", given, notices={"silent": "going", "stays": "going"})
     told = Held(("127.0.0.1", 1), {}, {}, 0, {}, 0, None)
-    sites.heed(site, {"stays": told, "goes": replace(told, notice="going")})
-    assert site.notices == {"silent": "going", "goes": "going"}
+    fleets.note_departures(fleet, {"stays": told, "goes": replace(told, notice="going")})
+    assert fleet.notices == {"silent": "going", "goes": "going"}

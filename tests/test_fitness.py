@@ -9,25 +9,25 @@ import numpy as np
 import pytest
 
 from gemma.checkpoint import checksums
-from gemma.messages import Found
+from gemma.messages import ChipFacts
 from gemma.train import fitness as looking
 from orchestrator.config import Fitness
-from orchestrator.hosts import sites
+from orchestrator.hosts import fleet as fleets
 from orchestrator.hosts.fitness import Unfit, blamed, judge, misled
 from orchestrator.hosts.placement import Spot, whole_slices
 from orchestrator.record import rundir
 from orchestrator.recovery.outcome import Evidence
-from orchestrator.slices.given import Given, avoided
+from orchestrator.slices.lease import Lease, avoided
 from orchestrator.slices.topology import NAME_LABEL, RANK_LABEL, TYPE_LABEL
 from tests.test_config import config_of
 
 CHIPS = 4
 GB = 10**9
 WANTED = Fitness(check=True, slow_factor=1.5, free_share=0.9)
-SOUND = Found("tpu", CHIPS, 8, (95 * GB,) * 4, ("aa",) * 4, (2.4e-3,) * 4)
+SOUND = ChipFacts("tpu", CHIPS, 8, (95 * GB,) * 4, ("aa",) * 4, (2.4e-3,) * 4)
 
 
-def found(**other: object) -> Found:
+def found(**other: object) -> ChipFacts:
     return replace(SOUND, **other)  # type: ignore[arg-type]
 
 
@@ -58,7 +58,7 @@ def found(**other: object) -> Found:
         ),
     ],
 )
-def test_a_host_is_judged_beside_the_others(hosts: list[Found], expected: dict[int, str]) -> None:
+def test_a_host_is_judged_beside_the_others(hosts: list[ChipFacts], expected: dict[int, str]) -> None:
     unfit = judge(hosts, CHIPS, WANTED)
     assert [one.rank for one in unfit] == list(expected)
     for one in unfit:
@@ -151,10 +151,10 @@ SPOT = Spot("s0", 1, "node-1", "10.0.0.2")
 def test_a_quarantine_is_remembered_by_the_next_controller_and_by_node(tmp_path: Path) -> None:
     events = rundir.Appender(tmp_path / "events.jsonl")
     events.write({"event": "unfit", "host": SPOT.ip, "slice": "s0", "worker": 1, "node": "node-1", "why": "chip 0 x"})
-    site = sites.Site(
-        config_of(), "test", Given(lambda: None, avoided, lambda: None), quarantined=sites.quarantined(tmp_path)
+    fleet = fleets.Fleet(
+        config_of(), "test", Lease(lambda: None, avoided, lambda: None), quarantined=fleets.quarantined(tmp_path)
     )
-    assert str(site.quarantined["node-1"]) == "host 10.0.0.2 (worker 1 of s0): chip 0 x"
+    assert str(fleet.quarantined["node-1"]) == "host 10.0.0.2 (worker 1 of s0): chip 0 x"
 
     def slices(second: str) -> list[list[Spot]]:
         labels = [{NAME_LABEL: "s0", RANK_LABEL: str(worker), TYPE_LABEL: "v5p-16"} for worker in range(2)]
@@ -162,9 +162,9 @@ def test_a_quarantine_is_remembered_by_the_next_controller_and_by_node(tmp_path:
             {"NodeID": node, "Labels": one, "Alive": True, "NodeManagerAddress": SPOT.ip}
             for node, one in zip(("node-0", second), labels, strict=True)
         ]
-        return whole_slices(nodes, "v5p-16", 2, site.avoid)
+        return whole_slices(nodes, "v5p-16", 2, fleet.avoid)
 
     assert slices("node-1") == []
     assert len(slices("node-2")) == 1  # its successor, at the same address
-    site.notices["node-2"] = "goes"
+    fleet.notices["node-2"] = "goes"
     assert slices("node-2") == []

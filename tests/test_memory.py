@@ -7,7 +7,7 @@ import pytest
 
 from gemma.memory.wire import Address
 from orchestrator.hosts.keeper import Held
-from orchestrator.hosts.memory import Common, branches, buddies, newest_common
+from orchestrator.hosts.memory import CommonStep, branches, buddies, newest_common
 
 Steps = dict[str, tuple[tuple[int, int], ...]]
 
@@ -20,22 +20,22 @@ def held(steps: Steps) -> Held:
     ("keys", "memories", "expected"),
     [
         # Each host has its own; one is a step ahead.
-        ("ab", {"x": {"a": ((1, 1), (2, 1), (3, 1))}, "y": {"b": ((1, 1), (2, 1))}}, Common(2, 1, ("x", "y"))),
+        ("ab", {"x": {"a": ((1, 1), (2, 1), (3, 1))}, "y": {"b": ((1, 1), (2, 1))}}, CommonStep(2, 1, ("x", "y"))),
         # y is gone: its share comes from its buddy.
-        ("ab", {"x": {"a": ((2, 1),), "b": ((1, 1), (2, 1))}}, Common(2, 1, ("x", "x"))),
+        ("ab", {"x": {"a": ((2, 1),), "b": ((1, 1), (2, 1))}}, CommonStep(2, 1, ("x", "x"))),
         # Both hosts of one share are gone.
         ("ab", {"x": {"a": ((2, 1),)}}, None),
         # A replica's host holds the same bytes.
-        ("aa", {"y": {"a": ((4, 1), (5, 1))}}, Common(5, 1, ("y", "y"))),
+        ("aa", {"y": {"a": ((4, 1), (5, 1))}}, CommonStep(5, 1, ("y", "y"))),
         # Nothing in common, then nothing at all.
         ("ab", {"x": {"a": ((3, 1),)}, "y": {"b": ((2, 1),)}}, None),
         ("ab", {}, None),
         # The same step of two attempts is not the same snapshot.
-        ("ab", {"x": {"a": ((3, 1), (2, 1))}, "y": {"b": ((3, 2), (2, 1))}}, Common(2, 1, ("x", "y"))),
+        ("ab", {"x": {"a": ((3, 1), (2, 1))}, "y": {"b": ((3, 2), (2, 1))}}, CommonStep(2, 1, ("x", "y"))),
     ],
 )
 def test_the_newest_step_that_every_share_can_be_had_of(
-    keys: str, memories: dict[str, Steps], expected: Common | None
+    keys: str, memories: dict[str, Steps], expected: CommonStep | None
 ) -> None:
     found = {node: held(steps) for node, steps in memories.items()}
     assert newest_common(list(keys), ["x", "y"], found, {}) == expected
@@ -47,13 +47,13 @@ def test_what_a_later_attempt_has_left_behind_is_of_no_history() -> None:
         {"event": "initialise", "attempt": 1, "step": 0},
         {"event": "restore", "attempt": 2, "step": 25},
     ]
-    assert newest_common(["a"], ["x"], there, branches(events)) == Common(20, 1, ("x",))
-    assert newest_common(["a"], ["x"], there, branches(events[:1])) == Common(30, 1, ("x",))
+    assert newest_common(["a"], ["x"], there, branches(events)) == CommonStep(20, 1, ("x",))
+    assert newest_common(["a"], ["x"], there, branches(events[:1])) == CommonStep(30, 1, ("x",))
 
 
 def test_no_step_beyond_the_limit() -> None:
     there = {"x": held({"a": ((20, 1), (30, 1))})}
-    assert newest_common(["a"], ["x"], there, {}, limit=29) == Common(20, 1, ("x",))
+    assert newest_common(["a"], ["x"], there, {}, limit=29) == CommonStep(20, 1, ("x",))
 
 
 def test_hosts_as_far_apart_as_they_may_be_always_have_one_in_common() -> None:

@@ -45,7 +45,7 @@ def placed(values: TrainState, mesh: Mesh) -> tuple[Any, TrainState]:
 
 def told(values: TrainState, mesh: Mesh = MESHES[0]) -> dict[str, str]:
     summing, put = placed(values, mesh)
-    return checksums.told(put, summing(put))
+    return checksums.as_hex(put, summing(put))
 
 
 @pytest.mark.parametrize("mesh", MESHES[1:], ids=str)

@@ -83,6 +83,6 @@ def mixed(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def told(state: TrainState, summed: jax.Array) -> dict[str, str]:
+def as_hex(state: TrainState, summed: jax.Array) -> dict[str, str]:
     """Both sums of each leaf in hexadecimal, by its name."""
     return {name: f"{one:08x}{two:08x}" for name, (one, two) in zip(names(state), np.asarray(summed), strict=True)}

@@ -65,7 +65,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: TrainState, summed: j
     summed: by the program of `gemma.checkpoint.checksums`, to be committed together with the arrays.
     """
     if step not in manager.all_steps():
-        noted = {"sums": checksums.told(state, summed)} if summed is not None else None
+        noted = {"sums": checksums.as_hex(state, summed)} if summed is not None else None
         manager.save(step, args=ocp.args.PyTreeSave(state._asdict()), custom_metadata=noted, force=True)
 
 
@@ -91,7 +91,7 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState, sum
         if int(state.step) != step:
             raise ValueError(f"it holds step {int(state.step)}")
         if saved is not None and summing is not None:
-            found = checksums.told(state, summing(state))
+            found = checksums.as_hex(state, summing(state))
             changed = sorted(name for name in saved.keys() | found.keys() if saved.get(name) != found.get(name))
             if changed:
                 others = f" and {len(changed) - 1} more" if changed[1:] else ""

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from gemma.checkpoint import disk
-from gemma.checkpoint.votes import SaveFailedError, Votes, agree, here, of_this_process, told
+from gemma.checkpoint.votes import SaveFailedError, Votes, agree, here, of_this_process, one_line
 from gemma.config import Checkpoint
 from gemma.messages import Failed
 from gemma.train.step import TrainState
@@ -30,7 +30,7 @@ from gemma.train.step import TrainState
 BUSY_S = 10.0  # training waits so long for the save before; then this one fails
 PROBE_S = 10.0  # for storage to take PROBE_BYTES
 PROBE_BYTES = 4096
-YIELDING = 19  # the thread's niceness, and that of those it starts
+SAVING_NICENESS = 19  # the thread's niceness, and that of those it starts
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 
@@ -96,7 +96,7 @@ def poll(saver: Saver) -> Failed | None:
 
 def work(saver: Saver) -> None:
     """The thread: one save after another, with what training leaves of the processor."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), YIELDING)
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SAVING_NICENESS)
     while True:
         job = saver.jobs.get()
         step = job.step
@@ -104,7 +104,7 @@ def work(saver: Saver) -> None:
             problem = write(saver, job)
         except Exception as error:
             host = "" if isinstance(error, SaveFailedError) else f"{here(saver.votes.rank)}: "
-            problem, saver.stale = host + told(error), True
+            problem, saver.stale = host + one_line(error), True
             clear(saver)
         job.off.set()
         if problem:
@@ -158,7 +158,7 @@ def trouble(saver: Saver) -> str | None:
             saver.manager.reload()  # after a failure Orbax has forgotten the steps that it would have removed
             saver.stale = False
         except OSError as error:
-            problem = told(error)
+            problem = one_line(error)
     return problem
 
 
@@ -179,5 +179,5 @@ def refusal(path: Path, needed_bytes: int) -> str | None:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
     except OSError as error:
-        return told(error)
+        return one_line(error)
     return None

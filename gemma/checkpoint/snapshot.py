@@ -27,7 +27,7 @@ from gemma.memory import slots, wire
 from gemma.memory.slots import Slots
 from gemma.memory.wire import Address, Source
 from gemma.messages import Evaluated, Row
-from gemma.plan.analytic import BESIDE
+from gemma.plan.analytic import SNAPSHOT_COPY_SHARE
 from gemma.train.step import TrainState
 
 AXES = ("replica", "fsdp", "tensor")
@@ -65,7 +65,7 @@ def share_of(state: TrainState, mesh: jax.sharding.Mesh) -> Share:
 
 def fits_beside(copy_bytes: float, device_bytes: float) -> bool:
     """Whether a copy of the state may lie on a device while a step runs. Else training waits until it is off again."""
-    return copy_bytes <= BESIDE * device_bytes
+    return copy_bytes <= SNAPSHOT_COPY_SHARE * device_bytes
 
 
 def device_bytes() -> float:
@@ -153,7 +153,7 @@ def noted(attempt: int, rows: Sequence[Row], evals: Sequence[Evaluated]) -> byte
     return json.dumps(found).encode()
 
 
-class Keeping:
+class SnapshotWriter:
     """A thread that brings packed states to memory, one at a time."""
 
     def __init__(self, share: Share, mesh: jax.sharding.Mesh, path: str, buddy: Address | None):
@@ -186,7 +186,7 @@ class Keeping:
         self.queue.put((step, packed, noted))
 
     def work(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), slots.YIELDING)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), slots.BACKGROUND_NICENESS)
         while True:
             step, packed, noted = self.queue.get()
             try:

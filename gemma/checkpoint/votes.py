@@ -17,7 +17,7 @@ import jax
 from jax._src import distributed
 
 VOTE_S = 600.0  # hosts come to a save a window apart at most; the controller sees before this who is dead
-SAID = 300  # characters of an error
+ERROR_CHARS = 300  # characters of an error
 
 # Orbax 0.12 names its barriers so. Its flag "a save is under way" is changed twice in a save: up first, down last.
 WRITTEN, COMMITTED = "async_write_complete", "async_commit_complete"
@@ -58,7 +58,9 @@ class Votes:
             if thread.name == WRITER:
                 thread.join(timeout_ms / 1000)
         error = sys.exception()
-        problem = None if error is None or isinstance(error, SaveFailedError) else f"{here(self.rank)}: {told(error)}"
+        problem = (
+            None if error is None or isinstance(error, SaveFailedError) else f"{here(self.rank)}: {one_line(error)}"
+        )
         for name in (WRITTEN, COMMITTED):
             if self.client and name not in self.passed:
                 self.passed.add(name)
@@ -99,7 +101,7 @@ def here(rank: int) -> str:
     return f"host {rank} ({socket.gethostname()})"
 
 
-def told(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An error in a line. Of what the writing library says at length, the system's own error."""
     text = " ".join(str(error).split())
     if isinstance(error, SaveFailedError):
@@ -108,4 +110,4 @@ def told(error: BaseException) -> str:
         return os.strerror(int(code[1]))
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else "")
-    return f"{type(error).__name__}: {text[:SAID]}"
+    return f"{type(error).__name__}: {text[:ERROR_CHARS]}"

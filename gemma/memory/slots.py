@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 SLOTS = 4
-YIELDING = 10  # niceness of what is done beside training: it has what training leaves of the processor
+BACKGROUND_NICENESS = 10  # niceness of what is done beside training: it has what training leaves of the processor
 PROGRESS = struct.Struct("<qd")  # steps done by the process that writes here, and the time.time() of the last
 HEADER = struct.Struct("<qq")  # step of a whole snapshot, or EMPTY; bytes of its notes
 EMPTY = -1

@@ -10,7 +10,7 @@ from gemma.plan import flops, v5p
 
 RECOMPUTED = {"none": 0.0, "dots": 0.0, "narrow": 0.5, "full": 1.0}  # of the forward products, in the backward pass
 UPDATE_BYTES = 28  # a parameter: itself and two moments read and written, its gradient read, float32
-BESIDE = 0.05  # of HBM at most is a copy of the state that lies there while a step runs
+SNAPSHOT_COPY_SHARE = 0.05  # of HBM at most is a copy of the state that lies there while a step runs
 LAYERS_IN_FLIGHT = 2  # a pair is rematerialised and gathered at once
 
 
@@ -53,7 +53,7 @@ def state_copies(program: Program) -> int:
     """
     kept, mesh = program.checkpoint, program.mesh
     copy_bytes = 12 * sum(flops.parameters(program.model)) / (mesh.fsdp * mesh.tensor)
-    if copy_bytes > BESIDE * v5p.HBM_BYTES:
+    if copy_bytes > SNAPSHOT_COPY_SHARE * v5p.HBM_BYTES:
         return 0
     return (kept.snapshot != "off") + (kept.every > 0 or kept.every_minutes > 0)
 

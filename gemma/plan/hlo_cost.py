@@ -14,7 +14,7 @@ from gemma.plan.hlo import HBM, Computation, HloError, Instruction, Module, arra
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "copy-done"}
-BESIDE = ("copy-start", "async-start", "async-update", "async-done")  # while other things are computed
+ASYNC_OPS = ("copy-start", "async-start", "async-update", "async-done")  # while other things are computed
 # What reads or writes a part of a large array, where only the part moves.
 READS_PART, WRITES_PART = ("dynamic-slice", "slice", "gather"), ("dynamic-update-slice", "scatter")
 
@@ -76,7 +76,7 @@ def cost(module: Module, mesh: dict[str, int], places: Sequence[Place]) -> Cost:
         roofline_s += times * max(work / v5p.COMPILER_FLOPS, bytes_s)
         roofline_once_s += max(work / v5p.COMPILER_FLOPS, bytes_s)
         kernels_s += times * kernel / v5p.FLOPS
-        if not kinds and i.opcode not in BESIDE:
+        if not kinds and i.opcode not in ASYNC_OPS:
             fastest_s = max((work + kernel) / v5p.FLOPS, moved / v5p.HBM_BYTES_PER_S)
             cycles_s += times * (estimated_cycles(i) / v5p.CLOCK_HZ or fastest_s)
     by_axes = {axes: dict(kinds) for axes, kinds in sent.items()}

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma.checkpoint import checksums
-from gemma.messages import Found
+from gemma.messages import ChipFacts
 from gemma.train import aot
 
 CHIP_SIZE = 8192  # of the product's sides: 2.4 ms of a v5p
@@ -24,13 +24,13 @@ REPEATS = 5
 EACH = PartitionSpec("chips")
 
 
-def alone(chips: int, chips_in_all: int, cache: Path, spoilt: bool = False) -> Found:
+def alone(chips: int, chips_in_all: int, cache: Path, spoilt: bool = False) -> ChipFacts:
     """No other host is waited for, but for the devices to come up. chips, chips_in_all: that should be here, and on
     all hosts; nothing is computed where they are not. spoilt: a rehearsal, this host's first chip multiplies wrong.
     """
     devices = jax.local_devices()
     simulated = devices[0].platform == "cpu"
-    found = Found(devices[0].platform, len(devices), jax.device_count(), free_bytes(devices))
+    found = ChipFacts(devices[0].platform, len(devices), jax.device_count(), free_bytes(devices))
     if (found.chips, found.chips_in_all) != (chips, chips_in_all):
         return found
     mesh = every_chip()
@@ -39,7 +39,7 @@ def alone(chips: int, chips_in_all: int, cache: Path, spoilt: bool = False) -> F
     product, _ = aot.compiled("product", multiplying(mesh, size, dtype), (salts,), (size, dtype), cache)
     products = tuple(np.asarray(part).tobytes().hex() for part in parts(product(salts)))
     seconds = () if simulated else shortest(product, salts)
-    return Found(found.platform, chips, chips_in_all, found.free_bytes, products, seconds)
+    return ChipFacts(found.platform, chips, chips_in_all, found.free_bytes, products, seconds)
 
 
 def meet(cache: Path) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from gemma.checkpoint import checksums, disk, saving, snapshot
-from gemma.checkpoint.snapshot import Keeping
+from gemma.checkpoint.snapshot import SnapshotWriter
 from gemma.checkpoint.votes import VOTE_S
 from gemma.config import Program
 from gemma.memory import slots
@@ -56,7 +56,7 @@ class Trainer:
         self.made: dict[str, Any] = {}
         self.eval: Any = None  # compiled when first asked for
         self.lap("compile", started)
-        self.keeping: Keeping | None = None
+        self.keeping: SnapshotWriter | None = None
         self.attempt = 0
         self.skipped: tuple[int, ...] = ()
         self.bad: list[Bad] = []  # of the window
@@ -148,7 +148,7 @@ class Trainer:
         started = time.monotonic()
         pack = self.of_state("pack")
         self.compile("unpack", (self.flat,))  # a recovery finds it in the cache
-        self.keeping, self.attempt = Keeping(self.share, self.mesh, path, buddy), attempt
+        self.keeping, self.attempt = SnapshotWriter(self.share, self.mesh, path, buddy), attempt
         step = int(self.state.step)
         times = [time.monotonic()]
         for _ in range(PACKINGS):
@@ -194,24 +194,24 @@ class Trainer:
             snapshots += due
             flight.append((step + 1, metrics, self.of_state("pack")(self.state) if due else None))
             if len(flight) > 1:
-                self.take(*flight.pop(0))
+                self.finish_step(*flight.pop(0))
             if keeping and due and not self.beside:
-                self.take(*flight.pop(0))
-                stood_s += self.stand_still(keeping)
+                self.finish_step(*flight.pop(0))
+                stood_s += self.wait_for_snapshot(keeping)
         for entry in flight:
-            self.take(*entry)
+            self.finish_step(*entry)
         self.profile_ends(last)
         hidden_s = snapshots * OVERLAPPED * self.rows[-1].step_s if self.rows else 0.0  # devices had a step to do
         wait_s = stood_s + max(0.0, keeping.waited_s - waited_s - hidden_s) if keeping else 0.0
         return Ran(tuple(self.rows[count:]), tuple(self.bad), self.halted, snapshots, wait_s, data_s)
 
-    def stand_still(self, keeping: Keeping) -> float:
+    def wait_for_snapshot(self, keeping: SnapshotWriter) -> float:
         """Until the snapshot is off the devices; returns the seconds."""
         keeping.settle()
         since, self.ready = self.ready, time.monotonic()
         return self.ready - since
 
-    def take(self, step: int, metrics: dict[str, jax.Array], packed: jax.Array | None) -> None:
+    def finish_step(self, step: int, metrics: dict[str, jax.Array], packed: jax.Array | None) -> None:
         """Waits for a step; its snapshot is brought to memory from here on, if it is good."""
         if self.halted:
             return
@@ -220,14 +220,14 @@ class Trainer:
         self.rows.append(Row(step, values, now - self.ready, time.time()))
         self.ready = now
         if not values["ok"]:
-            self.judge(step)
+            self.note_bad_step(step)
         if self.keeping:
             slots.tell_progress(self.keeping.slots, step)
             if packed is not None and values["ok"]:
                 results = partial(snapshot.noted, self.attempt, tuple(self.rows), tuple(self.evals))
                 self.keeping.hand_over(step, packed, results)
 
-    def judge(self, step: int) -> None:
+    def note_bad_step(self, step: int) -> None:
         """Of a bad step: names its batch, and halts unless it may be passed over. Every host comes to the same."""
         index = data.batch_index(step - 1, self.skipped)
         ids = data.batch_ids(self.dataset, index) if jax.process_index() == 0 else []

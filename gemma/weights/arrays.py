@@ -16,7 +16,7 @@ import tensorstore as ts
 
 from gemma.weights.layout import WeightsError
 
-Path_ = tuple[str, ...]  # of a leaf in the tree
+KeyPath = tuple[str, ...]  # of a leaf in the tree
 CHUNKS = 64  # of a part along its width, which `fsdp` cuts: a host reads little more than its share
 CHUNK_BYTES = 64 << 10  # but none smaller than this
 ROWS = 2048  # of the embedding in a chunk
@@ -33,12 +33,12 @@ class Arrays:
     """An Orbax checkpoint's arrays by their path in the tree."""
 
     folder: Path
-    names: frozenset[Path_]
+    names: frozenset[KeyPath]
     zarr3: bool
     ocdbt: bool
     context: ts.Context
 
-    def open(self, path: Path_) -> Any:
+    def open(self, path: KeyPath) -> Any:
         """The array, nothing of it read yet. Raises WeightsError."""
         try:
             return ts.open(spec(self.folder, path, self.zarr3, self.ocdbt), context=self.context, open=True).result()
@@ -50,7 +50,7 @@ def first_line(error: Exception) -> str:
     return str(error).splitlines()[0].split(" [")[0]
 
 
-def spec(folder: Path, path: Path_, zarr3: bool, ocdbt: bool) -> dict[str, Any]:
+def spec(folder: Path, path: KeyPath, zarr3: bool, ocdbt: bool) -> dict[str, Any]:
     name = ".".join(path)
     if ocdbt:
         store: dict[str, Any] = {"driver": "ocdbt", "base": f"file://{folder.absolute()}/", "path": f"{name}/"}
@@ -71,7 +71,9 @@ def open_arrays(folder: Path) -> Arrays:
     return Arrays(folder, names, bool(metadata.get("use_zarr3", False)), ocdbt, ts.Context(LIMITS))
 
 
-def create(folder: Path, shapes: dict[Path_, tuple[tuple[int, ...], np.dtype, tuple[int, ...]]]) -> dict[Path_, Any]:
+def create(
+    folder: Path, shapes: dict[KeyPath, tuple[tuple[int, ...], np.dtype, tuple[int, ...]]]
+) -> dict[KeyPath, Any]:
     """A new Orbax checkpoint of zeros: each path's shape, dtype and chunk; returns the arrays to be written."""
     folder.mkdir(exist_ok=True)
     context = ts.Context(LIMITS)
@@ -89,7 +91,7 @@ def create(folder: Path, shapes: dict[Path_, tuple[tuple[int, ...], np.dtype, tu
     return arrays
 
 
-def tree_metadata(shapes: dict[Path_, tuple[int, ...]]) -> dict[str, Any]:
+def tree_metadata(shapes: dict[KeyPath, tuple[int, ...]]) -> dict[str, Any]:
     """What Orbax writes beside the arrays of a tree of dicts (key_type 2)."""
     tree = {
         str(path): {

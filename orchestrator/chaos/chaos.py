@@ -10,8 +10,8 @@ import ray
 
 from orchestrator.chaos.faults import Fault
 from orchestrator.hosts import group as hosts
+from orchestrator.hosts.fleet import Fleet
 from orchestrator.hosts.group import Group
-from orchestrator.hosts.sites import Site
 from orchestrator.record import rundir
 from orchestrator.record.report import Report
 
@@ -20,7 +20,7 @@ FULL_S = 6.0  # a disk is full for so long
 STRIKE_S = 5.0  # for a keeper to do its worst
 
 
-def strike(plan: Sequence[Fault], phase: str, group: Group, site: Site, report: Report) -> None:
+def strike(plan: Sequence[Fault], phase: str, group: Group, fleet: Fleet, report: Report) -> None:
     """Does what is due: one fault at a step, and on the way back to it one each amid check, compiling and restoring.
 
     A run that is never let go on gives up.
@@ -38,7 +38,7 @@ def strike(plan: Sequence[Fault], phase: str, group: Group, site: Site, report: 
         report.struck.add(fault.index)
         report.event("chaos", report.newest, index=fault.index, fault=fault.kind, rank=fault.rank, phase=phase)
         report.screen.say(f"chaos: {fault.kind} at step {report.newest}, rank {fault.rank} ({phase})")
-        do(fault, group, site, report)
+        do(fault, group, fleet, report)
 
 
 def unsaved(plan: Sequence[Fault], report: Report) -> set[int]:
@@ -48,9 +48,9 @@ def unsaved(plan: Sequence[Fault], report: Report) -> set[int]:
     return {step for step in tears if step > saved}
 
 
-def do(fault: Fault, group: Group, site: Site, report: Report) -> None:
+def do(fault: Fault, group: Group, fleet: Fleet, report: Report) -> None:
     spot, worker = group.placement.spots[fault.rank], group.workers[fault.rank]
-    keeper = site.keepers.get(spot.node_id)
+    keeper = fleet.keepers.get(spot.node_id)
     pid = group.pids[fault.rank] if group.pids else 0
     if fault.kind == "controller":
         os.kill(os.getpid(), signal.SIGKILL)

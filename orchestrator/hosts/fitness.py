@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from gemma.messages import Found
+from gemma.messages import ChipFacts
 from orchestrator.chaos import chaos, faults
 from orchestrator.config import Config, Fitness
+from orchestrator.hosts import fleet as fleets
 from orchestrator.hosts import group as hosts
-from orchestrator.hosts import sites
+from orchestrator.hosts.fleet import Fleet
 from orchestrator.hosts.group import Call, Group, HostsFailedError
 from orchestrator.hosts.placement import Spot
-from orchestrator.hosts.sites import Site
 from orchestrator.record.report import Report
 from orchestrator.recovery.outcome import COLLECTIVE_ERRORS, Evidence
 from orchestrator.slices.topology import CHIPS_PER_HOST
@@ -25,16 +25,16 @@ class Unfit:
     why: str
 
 
-def check(config: Config, group: Group, site: Site, report: Report, stop: Callable[[], bool]) -> None:
+def check(config: Config, group: Group, fleet: Fleet, report: Report, stop: Callable[[], bool]) -> None:
     """All hosts look where one is new: they would wait for it anyway, and it is judged beside the others. Hosts that
     were found sound and start again do not. Raises HostsFailedError, with the bad ones in quarantine, and StoppedError.
     """
     spots, started = group.placement.spots, time.monotonic()
     nodes = {spot.node_id for spot in spots}
-    if not config.fitness.check or nodes <= site.fit:
+    if not config.fitness.check or nodes <= fleet.fit:
         return
     report.phase("start", "checking chips")
-    chaos.strike(faults.plan(config.chaos, config.train.steps, len(spots)), "check", group, site, report)
+    chaos.strike(faults.plan(config.chaos, config.train.steps, len(spots)), "check", group, fleet, report)
     try:
         found = look(config, group, stop)
         unfit = judge(found, CHIPS_PER_HOST, config.fitness) or misled(meet(config, group, stop), found[0].chips_in_all)
@@ -43,15 +43,15 @@ def check(config: Config, group: Group, site: Site, report: Report, stop: Callab
         failed = list(error.evidence)
     for item in failed:
         if item.unfit:
-            quarantine(spots[item.rank], item.unfit, site, report)
+            quarantine(spots[item.rank], item.unfit, fleet, report)
     if failed:
         raise HostsFailedError(failed)
-    site.fit |= nodes
+    fleet.fit |= nodes
     slowest = max((s for one in found for s in one.seconds), default=None)
     report.event("fit", duration_s=time.monotonic() - started, chips=found[0].chips_in_all, slowest_s=slowest)
 
 
-def look(config: Config, group: Group, stop: Callable[[], bool]) -> list[Found]:
+def look(config: Config, group: Group, stop: Callable[[], bool]) -> list[ChipFacts]:
     """Each host at its own chips."""
     refs = [w.check.remote(CHIPS_PER_HOST, config.chips, config.run.cache) for w in group.workers]
     try:
@@ -85,7 +85,7 @@ def is_collective(item: Evidence) -> bool:
     return item.exception in COLLECTIVE_ERRORS and not item.message.startswith("RESOURCE_EXHAUSTED")
 
 
-def judge(found: Sequence[Found], chips: int, wanted: Fitness) -> list[Unfit]:
+def judge(found: Sequence[ChipFacts], chips: int, wanted: Fitness) -> list[Unfit]:
     """The hosts that should not train, by what all have found, in rank order. Pure. chips: of a host."""
     products = Counter(product for one in found for product in one.products)
     right = next((product for product, count in products.items() if 2 * count > products.total()), None)
@@ -105,20 +105,20 @@ def judge(found: Sequence[Found], chips: int, wanted: Fitness) -> list[Unfit]:
     return unfit
 
 
-def missing(one: Found, chips: int, simulated: bool) -> str:
+def missing(one: ChipFacts, chips: int, simulated: bool) -> str:
     if one.platform == "cpu" and not simulated:
         return "it has no chips, and computes on its processor"
     return f"{one.chips} of {chips} chips are there" if one.chips != chips else ""
 
 
-def taken(one: Found, share: float, most_bytes: int) -> str:
+def taken(one: ChipFacts, share: float, most_bytes: int) -> str:
     for chip, free in enumerate(one.free_bytes):
         if free < share * most_bytes:
             return f"chip {chip} has {free / 1e9:.1f} GB free, another {most_bytes / 1e9:.1f} GB: somebody holds them"
     return ""
 
 
-def wrong(one: Found, right: str | None) -> str:
+def wrong(one: ChipFacts, right: str | None) -> str:
     """right: what more than half of all chips say; None where no such half is, and all are in doubt."""
     chips = [str(chip) for chip, product in enumerate(one.products) if product != right]
     if not chips:
@@ -127,7 +127,7 @@ def wrong(one: Found, right: str | None) -> str:
     return f"chip {', '.join(chips)} {says}"
 
 
-def slow(one: Found, factor: float | None, usual_s: float) -> str:
+def slow(one: ChipFacts, factor: float | None, usual_s: float) -> str:
     for chip, seconds in enumerate(one.seconds):
         if factor is not None and seconds > factor * usual_s:
             return f"chip {chip} is slow: a matrix product takes it {1e3 * seconds:.2f} ms, others {1e3 * usual_s:.2f}"
@@ -141,8 +141,8 @@ def misled(heard: Sequence[tuple[int, ...]], chips: int) -> list[Unfit]:
     return [Unfit(rank, f"a sum over all chips is {said[0]}, not {total}") for rank, said in wrong if said]
 
 
-def quarantine(spot: Spot, why: str, site: Site, report: Report) -> None:
+def quarantine(spot: Spot, why: str, fleet: Fleet, report: Report) -> None:
     """The run trains on this host no more, resumed or not."""
-    site.quarantined[spot.node_id] = one = sites.Quarantined(spot, why)
+    fleet.quarantined[spot.node_id] = one = fleets.Quarantined(spot, why)
     report.event("unfit", host=spot.ip, slice=spot.slice_name, worker=spot.worker_id, node=spot.node_id, why=why)
     report.screen.say(f"quarantined: {one}")

@@ -52,7 +52,7 @@ class Keeper:
 
     def __init__(self, ip: str, idle_s: float, metadata_host: str | None = None):
         """idle_s: it ends after so long without a snapshot or a call. metadata_host: knows if the machine stays."""
-        os.setpriority(os.PRIO_PROCESS, 0, slots.YIELDING)
+        os.setpriority(os.PRIO_PROCESS, 0, slots.BACKGROUND_NICENESS)
         self.memories: dict[str, Memory] = {}
         self.deaths: dict[int, float] = {}
         self.watched: set[int] = set()

@@ -18,7 +18,7 @@ THREADS = 4  # of a keeper: it answers the controller while a snapshot comes in
 
 
 @dataclass(frozen=True)
-class Common:
+class CommonStep:
     """A step that all shares of the state can be had of."""
 
     step: int
@@ -68,7 +68,7 @@ def inventory(keepers: Mapping[str, Any]) -> dict[str, Held]:
 
 def newest_common(
     keys: Sequence[str], nodes: Sequence[str], held: Mapping[str, Held], branches: Mapping[int, int], limit: int = 2**62
-) -> Common | None:
+) -> CommonStep | None:
     """The newest step up to `limit` of which every rank's share lies in some memory. Pure.
 
     Each rank reads its own host's memory where that has it.
@@ -87,7 +87,7 @@ def newest_common(
     best = max(valid)
     there = {key: set(found[best]) for key, found in where.items()}
     own = [node if node in there[key] else where[key][best][0] for key, node in zip(keys, nodes, strict=True)]
-    return Common(*best, tuple(own))
+    return CommonStep(*best, tuple(own))
 
 
 def branches(events: Sequence[Mapping[str, Any]]) -> dict[int, int]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import ray
 
+from orchestrator.hosts.fleet import Fleet
 from orchestrator.hosts.group import Group
 from orchestrator.hosts.keeper import Held
-from orchestrator.hosts.sites import Site
 from orchestrator.recovery.outcome import Evidence
 
 MARKED_S = 8.0  # for Ray to see that a machine is dead whose keeper is
@@ -18,13 +18,13 @@ DRAINED = 3  # AUTOSCALER_DRAIN_PREEMPTED of Ray's gcs.proto: it was told before
 
 
 def investigate(
-    evidence: Sequence[Evidence], group: Group, site: Site, held: Mapping[str, Held], folder: Path, attempt: int
+    evidence: Sequence[Evidence], group: Group, fleet: Fleet, held: Mapping[str, Held], folder: Path, attempt: int
 ) -> list[Evidence]:
     """The same hosts, with all that is to be known of them, and those whose machine is gone: a peer that the loss made
     abort may be heard of first. held: what the keepers said that answered.
     """
     spots = group.placement.spots
-    silent = {spot.node_id for spot in spots} & site.keepers.keys() - held.keys()
+    silent = {spot.node_id for spot in spots} & fleet.keepers.keys() - held.keys()
     alive = wait_marked(set() if all(item.unfit for item in evidence) else silent)  # then keepers are still coming up
     drained = {node["NodeID"]: "its node was drained" for node in ray.nodes() if node.get("DeathReason") == DRAINED}
     told_of = {item.rank for item in evidence}
@@ -43,14 +43,14 @@ def investigate(
                 slice_alive=spot.slice_name in slices,
                 notice=item.notice
                 or (told.notice if told else None)
-                or site.notices.get(spot.node_id)
+                or fleet.notices.get(spot.node_id)
                 or drained.get(spot.node_id),
                 crash=crash_of(folder, attempt, item.rank) if item.died else "",
-                out_of_memory=item.out_of_memory or item.died and killed_for_memory(site.ooms, spot.node_id, told),
+                out_of_memory=item.out_of_memory or item.died and killed_for_memory(fleet.ooms, spot.node_id, told),
                 time=item.time or (told.deaths.get(pid, 0.0) if told else 0.0),
             )
         )
-    site.ooms |= {node: told.ooms for node, told in held.items()}
+    fleet.ooms |= {node: told.ooms for node, told in held.items()}
     return found
 
 
@@ -77,12 +77,12 @@ def crash_of(folder: Path, attempt: int, rank: int) -> str:
         return ""
 
 
-def dump_stacks(group: Group, site: Site, folder: Path, attempt: int) -> dict[int, str]:
+def dump_stacks(group: Group, fleet: Fleet, folder: Path, attempt: int) -> dict[int, str]:
     """Makes every host write its stacks into the run directory; returns what the kernel says of each, by rank."""
     refs = {}
     for rank, (spot, pid) in enumerate(zip(group.placement.spots, group.pids, strict=False)):
-        if spot.node_id in site.keepers:
-            refs[site.keepers[spot.node_id].stacks.remote(pid)] = rank
+        if spot.node_id in fleet.keepers:
+            refs[fleet.keepers[spot.node_id].stacks.remote(pid)] = rank
     ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=STACKS_S) if refs else ([], [])
     found = {}
     for ref in ready:

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from gemma.config import ConfigError, Program
-from gemma.messages import Failed, Found, Opened
+from gemma.messages import ChipFacts, Failed, Opened
 from orchestrator.hosts.keeper import NOTICE
 from orchestrator.slices.topology import CHIPS_PER_HOST
 
@@ -45,7 +45,7 @@ class Raised:
 
 
 @dataclass(frozen=True)
-class Told:
+class VerbResult:
     """What a verb returned."""
 
     value: Any
@@ -93,7 +93,7 @@ class Host:
         if os.environ.get("JAX_PLATFORMS") == "cpu":
             os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={CHIPS_PER_HOST}"
         os.environ.update(env)
-        return told(wait_gone, predecessors, timeout_s)
+        return caught(wait_gone, predecessors, timeout_s)
 
     def noticed(self, number: int, _: FrameType | None) -> None:
         """The machine is about to be taken away: told with the next answer. The same signal again ends the process."""
@@ -118,24 +118,24 @@ class Host:
             jax.distributed.initialize(coordinator, hosts, rank, initialization_timeout=int(timeout_s))
             signal.signal(signal.SIGTERM, self.noticed)  # JAX has put its own in place
 
-        return told(connect)
+        return caught(connect)
 
     def spoil(self) -> None:
         """A rehearsal: a chip of this host multiplies wrong."""
         self.spoilt = True
 
-    def check(self, chips: int, chips_in_all: int, cache: str) -> Found | Raised:
+    def check(self, chips: int, chips_in_all: int, cache: str) -> ChipFacts | Raised:
         """What this host finds out about its chips by itself."""
         from gemma.train import fitness
 
-        found: Found | Raised = told(fitness.alone, chips, chips_in_all, Path(cache).expanduser(), self.spoilt)
+        found: ChipFacts | Raised = caught(fitness.alone, chips, chips_in_all, Path(cache).expanduser(), self.spoilt)
         return found
 
     def meet(self, cache: str) -> tuple[int, ...] | Raised:
         """What its chips hear of all others."""
         from gemma.train import fitness
 
-        heard: tuple[int, ...] | Raised = told(fitness.meet, Path(cache).expanduser())
+        heard: tuple[int, ...] | Raised = caught(fitness.meet, Path(cache).expanduser())
         return heard
 
     def open(self, program: Program, folder: str, cache: str) -> Any:
@@ -150,20 +150,20 @@ class Host:
             gc.freeze()
             return self.trainer.opened()
 
-        return told(make)
+        return caught(make)
 
-    def call(self, verb: str, *args: Any) -> Told | Raised:
+    def call(self, verb: str, *args: Any) -> VerbResult | Raised:
         """A verb of the trainer. Only rank 0 answers with its result, but for what all must agree on."""
-        result = told(getattr(self.trainer, verb), *args)
+        result = caught(getattr(self.trainer, verb), *args)
         if isinstance(result, Raised):
             return result
         if self.rank > 0:
             result = replace(result, rows=(), evals=()) if verb == "restore" else None
         assert self.trainer is not None
-        return Told(result, self.notice, self.trainer.trouble())
+        return VerbResult(result, self.notice, self.trainer.trouble())
 
 
-def told(function: Any, *args: Any) -> Any:
+def caught(function: Any, *args: Any) -> Any:
     """What the function returns, or what it raised."""
     try:
         return function(*args)

@@ -7,10 +7,10 @@ from gemma.config import Guard
 from gemma.messages import Bad, Opened
 from orchestrator.hosts import group as hosts
 from orchestrator.hosts import memory
+from orchestrator.hosts.fleet import Fleet
 from orchestrator.hosts.group import HostsFailedError
-from orchestrator.hosts.sites import Site
 from orchestrator.programs import saves
-from orchestrator.programs.flight import Flight
+from orchestrator.programs.pipeline import Pipeline
 from orchestrator.record import rundir
 from orchestrator.recovery import recover
 from orchestrator.recovery.outcome import Evidence
@@ -44,19 +44,19 @@ def decide(guard: Guard, bad: Bad, before: Sequence[int]) -> GoBack | Stop:
     return GoBack(max(0, bad.step - 1), without_batch=False)
 
 
-def rewind(flight: Flight, opened: Sequence[Opened], site: Site) -> None:
+def rewind(pipeline: Pipeline, opened: Sequence[Opened], fleet: Fleet) -> None:
     """Brings the hosts back as decided. Raises HostsFailedError where the run must stop."""
-    report, folder, group, bad = flight.report, flight.report.folder, flight.group, flight.bad
+    report, folder, group, bad = pipeline.report, pipeline.report.folder, pipeline.group, pipeline.bad
     assert bad is not None
-    decision = decide(flight.config.guard, bad, report.bad_steps)
+    decision = decide(pipeline.config.guard, bad, report.bad_steps)
     if isinstance(decision, Stop):
         message = f"{decision.reason}; batch {bad.batch}, rows {list(bad.ids)} of the corpus"
         raise HostsFailedError([Evidence(0, exception="Diverged", message=message)])
     report.phase("restore", f"going back from step {bad.step}")
-    held = memory.inventory(site.keepers)
+    held = memory.inventory(fleet.keepers)
     nodes = [spot.node_id for spot in group.placement.spots]
     branches = memory.branches(rundir.events(folder))
-    common = memory.newest_common(site.keys, nodes, held, branches, decision.step)
+    common = memory.newest_common(fleet.keys, nodes, held, branches, decision.step)
     saved = max([step for step in rundir.committed(folder) if step <= decision.step], default=None)
     if common is not None and common.step < (saved or 0):
         common = None
@@ -65,15 +65,15 @@ def rewind(flight: Flight, opened: Sequence[Opened], site: Site) -> None:
         report.event("skip_batch", bad.step, batch=bad.batch, ids=list(bad.ids))
     for later in [later for later in rundir.committed(folder) if later > (step or 0)]:
         report.event("set_aside", later, reason="beyond the step that the run went back to")
-    recover.go_back(site, step or 0, flight.config.timeout.start_s)
+    recover.go_back(fleet, step or 0, pipeline.config.timeout.start_s)
     sources = [None] * len(opened) if common is None else recover.sources_of(common, held, group, opened)
     skipped = rundir.skipped_batches(folder)
     call = hosts.call_each(
-        group, flight.config.timeout.restore_s, "restore", [(step, source, skipped, True) for source in sources]
+        group, pipeline.config.timeout.restore_s, "restore", [(step, source, skipped, True) for source in sources]
     )
     hosts.collect(call)
     report.event("restore", step or 0, source="memory" if common else "disk" if step else "start")
     report.phase("step", "training")
-    flight.step = step or 0
-    saves.went_back(flight.saves, report, flight.step)
-    flight.halted, flight.bad = False, None
+    pipeline.step = step or 0
+    saves.went_back(pipeline.saves, report, pipeline.step)
+    pipeline.halted, pipeline.bad = False, None

@@ -12,12 +12,13 @@ from gemma.memory.wire import Source
 from gemma.messages import Opened, Restored
 from orchestrator.chaos import chaos, faults
 from orchestrator.config import Config
+from orchestrator.hosts import fleet as fleets
 from orchestrator.hosts import group as hosts
-from orchestrator.hosts import memory, placement, sites, witness
+from orchestrator.hosts import memory, placement, witness
+from orchestrator.hosts.fleet import Fleet
 from orchestrator.hosts.group import Group, HostsFailedError
 from orchestrator.hosts.keeper import Held
-from orchestrator.hosts.memory import Common
-from orchestrator.hosts.sites import Site
+from orchestrator.hosts.memory import CommonStep
 from orchestrator.interrupt import Interrupt
 from orchestrator.record import rundir
 from orchestrator.record.report import Report
@@ -26,28 +27,28 @@ from orchestrator.recovery.policy import Failure
 
 
 def start(
-    config: Config, folder: Path, group: Group, site: Site, report: Report, interrupt: Interrupt, started: float
+    config: Config, folder: Path, group: Group, fleet: Fleet, report: Report, interrupt: Interrupt, started: float
 ) -> list[Opened]:
     """Brings the hosts to the newest step that all can go on from: in memory, else on disk, else the beginning."""
     report.phase("start", "loading data and compiling")
     planned = faults.plan(config.chaos, config.train.steps, len(group.workers))
     call = hosts.open_trainers(group, config, folder)
-    chaos.strike(planned, "compile", group, site, report)
+    chaos.strike(planned, "compile", group, fleet, report)
     opened: list[Opened] = hosts.collect(call, interrupt.asked)
     saved = newest_checkpoint(folder)
-    held = memory.inventory(site.keepers)
-    site.keys = [one.share_key for one in opened]
-    site.ooms |= {node: one.ooms for node, one in held.items()}
-    common = recall(held, group, opened, folder, saved or 0)
+    held = memory.inventory(fleet.keepers)
+    fleet.keys = [one.share_key for one in opened]
+    fleet.ooms |= {node: one.ooms for node, one in held.items()}
+    common = common_snapshot(held, group, opened, folder, saved or 0)
     step = common.step if common else saved
     report.restoring = None if common else saved
     where = "initialising" if step is None else f"restoring step {step} from {'memory' if common else 'disk'}"
     report.phase("start", where)
-    go_back(site, step or 0, config.timeout.start_s)
+    go_back(fleet, step or 0, config.timeout.start_s)
     sources = [None] * len(opened) if common is None else sources_of(common, held, group, opened)
     arguments = [(step, source, rundir.skipped_batches(folder)) for source in sources]
     call = hosts.call_each(group, config.timeout.restore_s, "restore", arguments)
-    chaos.strike(planned, "restore", group, site, report)
+    chaos.strike(planned, "restore", group, fleet, report)
     restored: list[Restored] = [told.value for told in hosts.collect(call, interrupt.asked)]
     same_text(folder, {answer.fingerprint for answer in restored}, config.resume.allow_data_change)
     report.phase("step", "training")
@@ -55,7 +56,9 @@ def start(
     return opened
 
 
-def recall(held: dict[str, Held], group: Group, opened: list[Opened], folder: Path, saved: int) -> Common | None:
+def common_snapshot(
+    held: dict[str, Held], group: Group, opened: list[Opened], folder: Path, saved: int
+) -> CommonStep | None:
     """What the hosts' memories hold in common, unless the disk holds a later step."""
     keys = [one.share_key for one in opened]
     nodes = [spot.node_id for spot in group.placement.spots]
@@ -63,7 +66,9 @@ def recall(held: dict[str, Held], group: Group, opened: list[Opened], folder: Pa
     return common if common is not None and common.step >= saved else None
 
 
-def sources_of(common: Common, held: dict[str, Held], group: Group, opened: Sequence[Opened]) -> list[Source | None]:
+def sources_of(
+    common: CommonStep, held: dict[str, Held], group: Group, opened: Sequence[Opened]
+) -> list[Source | None]:
     """Where each rank reads its share: a path on its own host, an address elsewhere."""
     found: list[Source | None] = []
     for node, spot, one in zip(common.nodes, group.placement.spots, opened, strict=True):
@@ -72,9 +77,9 @@ def sources_of(common: Common, held: dict[str, Held], group: Group, opened: Sequ
     return found
 
 
-def go_back(site: Site, step: int, timeout_s: float) -> None:
+def go_back(fleet: Fleet, step: int, timeout_s: float) -> None:
     """No memory holds a step beyond this one any more: such would not be of the history that is now made."""
-    refs = [keeper.go_back.remote(step) for keeper in site.keepers.values()]
+    refs = [keeper.go_back.remote(step) for keeper in fleet.keepers.values()]
     ray.wait(refs, num_returns=len(refs), timeout=timeout_s) if refs else None
 
 
@@ -108,20 +113,20 @@ def newest_checkpoint(folder: Path) -> int | None:
     return max([step for step in found if step <= reported] or found, default=None)
 
 
-def understand(folder: Path, failed: HostsFailedError, group: Group, site: Site, report: Report) -> Failure:
+def diagnose(folder: Path, failed: HostsFailedError, group: Group, fleet: Fleet, report: Report) -> Failure:
     """Finds out what a failure was, and writes its full story to a file. Raises ConfigError for the user's mistakes."""
-    held = memory.inventory(site.keepers)
-    sites.heed(site, held)
-    evidence = witness.investigate(failed.evidence, group, site, held, folder, report.attempt)
+    held = memory.inventory(fleet.keepers)
+    fleets.note_departures(fleet, held)
+    evidence = witness.investigate(failed.evidence, group, fleet, held, folder, report.attempt)
     kernel: dict[int, str] = {}
     if all(item.overdue for item in evidence):
-        kernel = witness.dump_stacks(group, site, folder, report.attempt)
+        kernel = witness.dump_stacks(group, fleet, folder, report.attempt)
         evidence = [replace(item, stopped=witness.is_stopped(kernel.get(item.rank, ""))) for item in evidence]
     outcome, cause = classify(evidence)
     if outcome is Outcome.BAD_INPUT:
         raise ConfigError(cause.message)
     nodes = [spot.node_id for spot in group.placement.spots]
-    common = memory.newest_common(site.keys, nodes, held, memory.branches(rundir.events(folder)))
+    common = memory.newest_common(fleet.keys, nodes, held, memory.branches(rundir.events(folder)))
     done = max([report.newest, *(one.done for one in held.values())])
     others = set_aside(folder, report) if outcome is Outcome.CHECKPOINT else 0
     restorable = [*rundir.committed(folder), *([common.step] if common else [])]
@@ -134,16 +139,16 @@ def understand(folder: Path, failed: HostsFailedError, group: Group, site: Site,
     return Failure(outcome, signature, done, max(restorable, default=None), others)
 
 
-def moved(cause: Evidence, site: Site, report: Report) -> Failure:
+def moved(cause: Evidence, fleet: Fleet, report: Report) -> Failure:
     """The run was told to move on, and has saved."""
-    sites.heed(site, memory.inventory(site.keepers))
-    assert site.placement is not None
-    if cause.notice == sites.BACK:
-        placement.release(site.placement)
-        site.placement = None
-    elif said := site.notices.get(site.placement.spots[cause.rank].node_id):
+    fleets.note_departures(fleet, memory.inventory(fleet.keepers))
+    assert fleet.placement is not None
+    if cause.notice == fleets.BACK:
+        placement.release(fleet.placement)
+        fleet.placement = None
+    elif said := fleet.notices.get(fleet.placement.spots[cause.rank].node_id):
         cause = replace(cause, notice=said)
-    outcome = Outcome.REGROWN if cause.notice == sites.BACK else Outcome.PREEMPTED
+    outcome = Outcome.REGROWN if cause.notice == fleets.BACK else Outcome.PREEMPTED
     report.failed(outcome.value, cause, report.newest, None)
     return Failure(outcome, outcome.value, report.newest, report.newest)
 

@@ -13,7 +13,7 @@ from google.protobuf import json_format
 from orchestrator.config import Config
 from orchestrator.slices import existing, gcp, guest, head, startup
 from orchestrator.slices.cluster import Cluster
-from orchestrator.slices.given import Given
+from orchestrator.slices.lease import Lease
 from orchestrator.slices.topology import slice_type
 from orchestrator.slices.upkeep import Provider, Upkeep, kept
 from orchestrator.slices.wanted import Ask, Request, Wanted, request_name
@@ -64,7 +64,7 @@ def rendered(config: Config, owner: str) -> str:
 
 
 @contextmanager
-def connect(config: Config, tell: Callable[[str, str], None], _: object) -> Iterator[Given]:
+def connect(config: Config, tell: Callable[[str, str], None], _: object) -> Iterator[Lease]:
     """Slices that are to be kept are not given back at the end."""
     cluster = config.cluster
     assert cluster.gcp is not None
@@ -74,10 +74,10 @@ def connect(config: Config, tell: Callable[[str, str], None], _: object) -> Iter
     head.check(cluster, cluster.gcp)
     keeping, keep = upkeep(config, owner, partial(existing.joined, config)), cluster.keep or cluster.name is not None
     with (
-        kept(keeping, keep, tell) as given,  # asked first: the head comes up meanwhile
+        kept(keeping, keep, tell) as lease,  # asked first: the head comes up meanwhile
         head.opened(cluster, cluster.gcp) as address,
         existing.connected(address, job=guest.job(code)),  # kept hosts may have joined with other code
     ):
         head.give_code(address)
         keeping.head_answers = partial(head.listens, address)
-        yield given
+        yield lease

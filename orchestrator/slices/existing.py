@@ -13,16 +13,16 @@ from gemma.config import ConfigError
 from orchestrator.config import Config
 from orchestrator.hosts.placement import whole_slices
 from orchestrator.interrupt import handlers_kept
-from orchestrator.slices.given import Given, avoided
 from orchestrator.slices.join import CODE
+from orchestrator.slices.lease import Lease, avoided
 
 
 @contextmanager
-def connect(config: Config, *_: object) -> Iterator[Given]:
+def connect(config: Config, *_: object) -> Iterator[Lease]:
     """Leaves the cluster as it was: only this run's actors and placement groups end."""
     with connected(str(config.cluster.address), code()):
         # Lost hosts are replaced by the cluster's owner, or its autoscaler.
-        yield Given(lambda: None, avoided, lambda: None)
+        yield Lease(lambda: None, avoided, lambda: None)
 
 
 def code() -> dict[str, Any]:

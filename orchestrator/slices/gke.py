@@ -16,8 +16,8 @@ from orchestrator.config import Config
 from orchestrator.interrupt import StoppedError
 from orchestrator.slices import existing, guest, kube
 from orchestrator.slices.cluster import Cluster, Gke
-from orchestrator.slices.given import Given
 from orchestrator.slices.head import listens
+from orchestrator.slices.lease import Lease
 from orchestrator.slices.raycluster import raycluster
 from orchestrator.slices.topology import slice_type
 from orchestrator.slices.upkeep import Provider, RefusedError, Upkeep, kept
@@ -74,18 +74,18 @@ def rendered(config: Config, owner: str) -> str:
 
 
 @contextmanager
-def connect(config: Config, tell: Callable[[str, str], None], asked: Callable[[], bool]) -> Iterator[Given]:
+def connect(config: Config, tell: Callable[[str, str], None], asked: Callable[[], bool]) -> Iterator[Lease]:
     """A RayCluster that is to be kept is not given back at the end."""
     cluster = config.cluster
     assert config.run.id is not None
     owner = cluster.name or config.run.id
     keeping = upkeep(config, owner, existing.is_alive)
-    with kept(keeping, cluster.keep or cluster.name is not None, tell) as given:
-        at = wait_for_head(config, owner, given.repair, asked, tell)
+    with kept(keeping, cluster.keep or cluster.name is not None, tell) as lease:
+        at = wait_for_head(config, owner, lease.repair, asked, tell)
         code = guest.job(Path(config.run.root).expanduser() / config.run.id / "code")
         keeping.head_answers = partial(listens, at)
         with guest.joined(at) as ip, existing.connected(at, ip=ip, job=code):
-            yield dataclasses.replace(given, owns=lambda name: True)  # all of this Ray cluster is
+            yield dataclasses.replace(lease, owns=lambda name: True)  # all of this Ray cluster is
 
 
 def wait_for_head(

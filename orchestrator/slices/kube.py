@@ -72,10 +72,10 @@ def check(gke: Gke) -> None:
             raise ConfigError(f"cluster=gke: {refused}") from refused
 
 
-def call(api: Api, verb: Callable[..., Any], **given: Any) -> Any:
+def call(api: Api, verb: Callable[..., Any], **arguments: Any) -> Any:
     """Raises RefusedError."""
     try:
-        return verb(namespace=api.namespace, _request_timeout=CALL_TIMEOUT_S, **given)
+        return verb(namespace=api.namespace, _request_timeout=CALL_TIMEOUT_S, **arguments)
     except client.ApiException as error:
         raise refusal(error) from error
     except (HTTPError, OSError) as error:
@@ -149,18 +149,18 @@ def why_pods_wait(api: Api, names: Sequence[str]) -> dict[str, tuple[str, bool]]
     return found
 
 
-def listed(api: Api, verb: Callable[..., Any], **given: Any) -> list[dict[str, Any]]:
+def listed(api: Api, verb: Callable[..., Any], **arguments: Any) -> list[dict[str, Any]]:
     """A page of them, as they came: one is as good as another, and thousands would take long."""
-    page = call(api, verb, limit=PAGE, _preload_content=False, **given)
+    page = call(api, verb, limit=PAGE, _preload_content=False, **arguments)
     return list(json.loads(page.data)["items"])
 
 
-def every(api: Api, **given: Any) -> list[dict[str, Any]]:
+def every(api: Api, **arguments: Any) -> list[dict[str, Any]]:
     """All pods, page by page."""
     found, token = [], ""
     while True:
         verb = api.core.list_namespaced_pod
-        page = json.loads(call(api, verb, limit=PAGE, _continue=token, _preload_content=False, **given).data)
+        page = json.loads(call(api, verb, limit=PAGE, _continue=token, _preload_content=False, **arguments).data)
         found += page["items"]
         if not (token := page["metadata"].get("continue") or ""):
             return found

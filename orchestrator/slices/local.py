@@ -13,7 +13,7 @@ import ray
 from orchestrator.config import Config
 from orchestrator.hosts.placement import Spot
 from orchestrator.interrupt import handlers_kept
-from orchestrator.slices.given import Given
+from orchestrator.slices.lease import Lease
 from orchestrator.slices.simulated import rehearsed, simulated
 from orchestrator.slices.simulated.raylet import Host
 from orchestrator.slices.upkeep import kept
@@ -26,7 +26,7 @@ def hosts(config: Config) -> dict[int, Host]:
 
 
 @contextmanager
-def connect(config: Config, tell: Callable[[str, str], None], _: object) -> Iterator[Given]:
+def connect(config: Config, tell: Callable[[str, str], None], _: object) -> Iterator[Lease]:
     """Starts the nodes and ends them, with everything that runs on them. The slices are there at once, unless
     cluster.local says otherwise.
     """
@@ -39,10 +39,10 @@ def connect(config: Config, tell: Callable[[str, str], None], _: object) -> Iter
             ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         if settings.is_plain:
             repair = partial(simulated.repair, cluster, made, config.cluster.repair_s)
-            yield Given(repair, partial(discard, cluster), lambda: None)
+            yield Lease(repair, partial(discard, cluster), lambda: None)
         else:
-            with kept(rehearsed.upkeep(config, cluster), False, tell) as given:
-                yield given
+            with kept(rehearsed.upkeep(config, cluster), False, tell) as lease:
+                yield lease
     finally:
         ray.shutdown()
         simulated.stop(cluster)

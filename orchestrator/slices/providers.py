@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from orchestrator.config import Config
-from orchestrator.slices.given import Given
+from orchestrator.slices.lease import Lease
 
 MODULES = {"local": "local", "ray": "existing", "gcp": "cloud", "gke": "gke"}
 
@@ -19,14 +19,14 @@ def provider(config: Config) -> ModuleType:
 
 
 @contextmanager
-def connect(config: Config, tell: Callable[[str, str], None], asked: Callable[[], bool]) -> Iterator[Given]:
+def connect(config: Config, tell: Callable[[str, str], None], asked: Callable[[], bool]) -> Iterator[Lease]:
     """Gives what replaces lost and bad hosts.
 
     tell: is given the news, what and what of it. asked: whether the user wants to stop. Raises ConfigError where the
     provider cannot be reached, StoppedError, and TimeoutError and NoSlicesError where it gives nothing.
     """
-    with provider(config).connect(config, tell, asked) as given:
+    with provider(config).connect(config, tell, asked) as lease:
         from ray._private import worker
 
         worker._worker_logs_enabled = False  # a death is told by us, in one line
-        yield given
+        yield lease

@@ -152,7 +152,7 @@ def told(found: Mapping[str, Any], why: str, since: float, hopeless: bool = Fals
     """What such an object says of itself. why: its pods wait, and whether they will for ever."""
     metadata, status = found["metadata"], found.get("status") or {}
     group = found["spec"]["workerGroupSpecs"][0]
-    given = metadata.get("annotations") or {}
+    annotations = metadata.get("annotations") or {}
     there = status.get("readyWorkerReplicas", 0) >= group["replicas"] * group.get("numOfHosts", 1)
     state = State.READY if there and status.get("state") == "ready" else State.WAITING
     if metadata.get("deletionTimestamp"):
@@ -161,13 +161,13 @@ def told(found: Mapping[str, Any], why: str, since: float, hopeless: bool = Fals
     return Request(
         name=metadata["name"],
         zone=metadata["namespace"],
-        owner=given.get(OWNER, ""),
+        owner=annotations.get(OWNER, ""),
         state=state,
-        slice=given.get(SLICE, ""),
-        topology=given.get(TOPOLOGY, ""),
+        slice=annotations.get(SLICE, ""),
+        topology=annotations.get(TOPOLOGY, ""),
         since=since,
         why=(failure or why) if state is State.WAITING else "",
-        capacity=given.get(CAPACITY, ""),
+        capacity=annotations.get(CAPACITY, ""),
         slices=group["replicas"],
         hopeless=state is State.WAITING and (hopeless or "exceeded quota" in failure),
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from gemma.config import ConfigError
 from orchestrator.interrupt import signals_wait
-from orchestrator.slices.given import Given
+from orchestrator.slices.lease import Lease
 from orchestrator.slices.wanted import Ask, GiveBack, Request, State, Wanted, reconcile, unlike
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def begin(upkeep: Upkeep) -> None:
 
 
 @contextmanager
-def kept(upkeep: Upkeep, keep: bool, tell: Callable[[str, str], None]) -> Iterator[Given]:
+def kept(upkeep: Upkeep, keep: bool, tell: Callable[[str, str], None]) -> Iterator[Lease]:
     """Its `repair` passes on the news and raises what ended the upkeep. At the end all is given back, unless `keep`."""
 
     def pass_on() -> None:
@@ -254,7 +254,7 @@ def kept(upkeep: Upkeep, keep: bool, tell: Callable[[str, str], None]) -> Iterat
     try:
         begin(upkeep)
         thread.start()
-        yield Given(check, partial(discard, upkeep), pass_on, lambda name: upkeep.states.get(name) is State.READY)
+        yield Lease(check, partial(discard, upkeep), pass_on, lambda name: upkeep.states.get(name) is State.READY)
     finally:
         with signals_wait():  # an impatient user would leave slices behind that are paid for
             upkeep.ended.set()

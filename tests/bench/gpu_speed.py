@@ -5,8 +5,8 @@ python -m tests.bench.gpu_speed [--batch 1] [--sequence 8192] [--remat full] [--
 
 Gemma 2 2B, bf16 compute, float32 master weights and AdamW, random tokens. MFU by `step_flops` of `gemma.plan.flops`
 (causal, window aware) against the dense bf16 peak of an H100. On a Hopper GPU attention is tokamax's where that is
-installed (`attention_gpu`): it says which was taken, and `--attention xla` is the other, to compare. `--tiny` is a model
-that runs anywhere, to try this file.
+installed (`attention_gpu`): it says which was taken, and `--attention xla` is the other, to compare. `--tiny` is a
+model that runs anywhere, to try this file.
 """
 
 import argparse

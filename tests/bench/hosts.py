@@ -24,19 +24,19 @@ import ray
 from gemma.memory.wire import Address
 from gemma.messages import Ran, Restored, Row
 from orchestrator.config import with_id
+from orchestrator.hosts.fleet import Fleet
 from orchestrator.hosts.group import Group, HostsFailedError
 from orchestrator.hosts.keeper import Held
 from orchestrator.hosts.placement import Placement, Spot
-from orchestrator.hosts.sites import Site
-from orchestrator.hosts.worker import Told
-from orchestrator.programs import flight as flights
-from orchestrator.programs.flight import Flight
+from orchestrator.hosts.worker import VerbResult
+from orchestrator.programs import pipeline as pipelines
+from orchestrator.programs.pipeline import Pipeline
 from orchestrator.programs.saves import Saves
 from orchestrator.record import manifest, rundir
 from orchestrator.record.report import Report
 from orchestrator.recovery import recover
 from orchestrator.recovery.policy import decide
-from orchestrator.slices.given import Given, avoided
+from orchestrator.slices.lease import Lease, avoided
 from tests.test_config import config_of
 
 PLAYERS = 4
@@ -51,7 +51,7 @@ class Player:
         if verb == "call":
             name, *rest = args
             if name != "run":
-                return Told(None, None, None)
+                return VerbResult(None, None, None)
             first, last = rest[:2]
             metrics = {
                 "loss": 1.0,
@@ -62,7 +62,7 @@ class Player:
                 "ok": 1.0,
             }
             rows = tuple(Row(step + 1, metrics, 1.0, time.time()) for step in range(first, last)) if rank == 0 else ()
-            return Told(Ran(rows, (), False, 0, 0.0, 0.0) if rank == 0 else None, None, None)
+            return VerbResult(Ran(rows, (), False, 0, 0.0, 0.0) if rank == 0 else None, None, None)
         if verb == "inventory":
             steps = {f"key-{rank}": ((10, 1), (11, 1), (12, 1)), f"key-{rank - 1}": ((10, 1), (11, 1), (12, 1))}
             return Held(Address("127.0.0.1", 1, ""), steps, {}, 12, {}, 0, None)
@@ -110,33 +110,33 @@ def measure(root: Path, count: int, players: list[Any]) -> dict[str, float]:
     workers = [Played(victim if rank == count - 1 else players[1 + rank % PLAYERS], rank) for rank in range(count)]
     spots = tuple(Spot("slice", rank, f"node-{rank}", "127.0.0.1") for rank in range(count))
     group = Group(tuple(workers), Placement(spots, None), (), tuple(range(1, count + 1)))  # type: ignore[arg-type]
-    site = Site(
+    fleet = Fleet(
         config,
         "bench",
-        Given(lambda: None, avoided, lambda: None),
+        Lease(lambda: None, avoided, lambda: None),
         keepers={spot.node_id: w for spot, w in zip(spots, workers, strict=True)},
     )
-    site.keepers.pop(f"node-{count - 1}")
-    site.keys = [f"key-{rank}" for rank in range(count)]
-    flight = Flight(config, group, report, 0, Saves(0))
+    fleet.keepers.pop(f"node-{count - 1}")
+    fleet.keys = [f"key-{rank}" for rank in range(count)]
+    pipeline = Pipeline(config, group, report, 0, Saves(0))
     dispatch, work = [], []
     for _ in range(WINDOWS):
-        flight.step_s, flight.longest_s = 0.1, 0.1
+        pipeline.step_s, pipeline.longest_s = 0.1, 0.1
         started, before = time.monotonic(), time.process_time()
-        flights.send_window(flight)
+        pipelines.send_window(pipeline)
         dispatch.append(time.monotonic() - started)
-        flights.take(flight)
+        pipelines.take(pipeline)
         work.append(time.process_time() - before)
-    flights.send_window(flight)
+    pipelines.send_window(pipeline)
     os.kill(ray.get(victim.pid.remote()), signal.SIGKILL)
     killed = time.monotonic()
     try:
         while True:
-            flights.send_window(flight)
-            flights.take(flight)
+            pipelines.send_window(pipeline)
+            pipelines.take(pipeline)
     except HostsFailedError as failed:
         seen = time.monotonic()
-        history = [recover.understand(folder, failed, group, site, report)]
+        history = [recover.diagnose(folder, failed, group, fleet, report)]
         decide(history, 3)
     decided = time.monotonic()
     report.close()

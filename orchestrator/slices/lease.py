@@ -9,7 +9,7 @@ if TYPE_CHECKING:  # it loads Ray, which launch.cluster list can do without
 
 
 @dataclass(frozen=True)
-class Given:
+class Lease:
     repair: Callable[[], None]  # replaces lost hosts: called again and again; NoSlicesError once there will be none
     discard: Callable[["Spot", str], None]  # asks for another host instead of a bad one, and says why; may be repeated
     news: Callable[[], None]  # has what has happened told: called again and again

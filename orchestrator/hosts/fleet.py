@@ -25,7 +25,7 @@ from orchestrator.interrupt import StoppedError
 from orchestrator.record import rundir
 from orchestrator.recovery.outcome import Evidence
 from orchestrator.slices import metadata
-from orchestrator.slices.given import Given
+from orchestrator.slices.lease import Lease
 from orchestrator.slices.upkeep import NoSlicesError
 
 BACK = "a lost slice is back"
@@ -45,12 +45,12 @@ class Quarantined:
 
 
 @dataclass
-class Site:
+class Fleet:
     """Kept by the controller; actor handles are by node id."""
 
     config: Config  # of the whole run: with the slices that are wanted
     space: str  # the keepers' namespace
-    given: Given
+    lease: Lease
     keepers: dict[str, Any] = field(default_factory=dict)
     spares: dict[str, Any] = field(default_factory=dict)  # processes with everything imported
     predecessors: dict[str, int] = field(default_factory=dict)  # the pid that was last at work on a node
@@ -69,50 +69,50 @@ class Site:
         return ChainMap(self.notices, self.quarantined)
 
 
-def occupy(site: Site, stop: Callable[[], bool], tell: Callable[[str], None]) -> Placement:
+def reserve_hosts(fleet: Fleet, stop: Callable[[], bool], tell: Callable[[str], None]) -> Placement:
     """The hosts of the last attempt if all of them stay, else others: as many slices as wanted or, when a lost one is
     not replaced in time, fewer. Raises StoppedError, TimeoutError.
     """
-    if site.placement is not None and not placement.stands(site.placement, site.avoid):
-        placement.release(site.placement)
-        site.placement = None
+    if fleet.placement is not None and not placement.stands(fleet.placement, fleet.avoid):
+        placement.release(fleet.placement)
+        fleet.placement = None
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        site.keepers = {node: keeper for node, keeper in site.keepers.items() if node in alive}
-    if site.placement is None:
-        config = site.config
-        bad = "".join(f"; quarantined: {one}" for one in site.quarantined.values())
+        fleet.keepers = {node: keeper for node, keeper in fleet.keepers.items() if node in alive}
+    if fleet.placement is None:
+        config = fleet.config
+        bad = "".join(f"; quarantined: {one}" for one in fleet.quarantined.values())
         said = time.monotonic()
-        for one in site.quarantined.values():
-            site.given.discard(one.spot, one.why)
+        for one in fleet.quarantined.values():
+            fleet.lease.discard(one.spot, one.why)
 
         def wait() -> None:
             nonlocal said
             if stop():
                 raise StoppedError("slices")
-            site.given.repair()
-            if site.notices:
-                heed(site, memory.inventory(site.keepers))
+            fleet.lease.repair()
+            if fleet.notices:
+                note_departures(fleet, memory.inventory(fleet.keepers))
             if time.monotonic() - said > SAY_EVERY_S:
                 said = time.monotonic()
                 tell(f"waiting for {config.cluster.num_slices} x {config.cluster.slice}{bad}")
 
-        enough = partial(counts, config, site.occupied)
+        enough = partial(acceptable_counts, config, fleet.occupied)
         try:
-            site.placement = placement.reserve(config, enough, site.avoid, wait, site.given.owns)
+            fleet.placement = placement.reserve(config, enough, fleet.avoid, wait, fleet.lease.owns)
         except TimeoutError as late:
             raise TimeoutError(f"{late}{bad}") from late
-        site.occupied = True
-    return site.placement
+        fleet.occupied = True
+    return fleet.placement
 
 
-def heed(site: Site, held: Mapping[str, Held]) -> None:
+def note_departures(fleet: Fleet, held: Mapping[str, Held]) -> None:
     """Which hosts are about to be taken away. A warning may be taken back, but not by silence: Ray takes a host for
     alive for some seconds after it is gone.
     """
-    now = {node: said for node, said in site.notices.items() if node not in held}
+    now = {node: said for node, said in fleet.notices.items() if node not in held}
     now |= {node: one.notice for node, one in held.items() if one.notice}
-    site.notices.clear()  # in place: who waits for hosts looks at it
-    site.notices |= now
+    fleet.notices.clear()  # in place: who waits for hosts looks at it
+    fleet.notices |= now
 
 
 def quarantined(folder: Path) -> dict[str, Quarantined]:
@@ -121,7 +121,7 @@ def quarantined(folder: Path) -> dict[str, Quarantined]:
     return {e["node"]: Quarantined(Spot(e["slice"], e["worker"], e["node"], e["host"]), e["why"]) for e in told}
 
 
-def counts(config: Config, again: bool, waited_s: float) -> list[int]:
+def acceptable_counts(config: Config, again: bool, waited_s: float) -> list[int]:
     """How many slices will do after waiting for so long; none once it is too late. Pure.
 
     again: the run has had its slices before.
@@ -143,76 +143,76 @@ def can_shrink(config: Config, count: int) -> bool:
     return True
 
 
-def reason_to_leave(site: Site) -> Evidence | None:
+def reason_to_leave(fleet: Fleet) -> Evidence | None:
     """Why the run should move on at the next step boundary: a host is drained, or a lost slice is back."""
-    assert site.placement is not None
-    site.given.news()
-    wanted = site.config.cluster.num_slices
+    assert fleet.placement is not None
+    fleet.lease.news()
+    wanted = fleet.config.cluster.num_slices
     going = placement.draining()
-    for rank, spot in enumerate(site.placement.spots):
+    for rank, spot in enumerate(fleet.placement.spots):
         if spot.node_id in going:
             return Evidence(rank, notice=f"host {spot.ip} is being drained", time=time.time())
-    if site.placement.slices < wanted:
+    if fleet.placement.slices < wanted:
         with suppress(NoSlicesError):  # the run has enough to go on with; said again where it has to wait
-            site.given.repair()
-        _, free = placement.look(site.config, site.avoid, site.given.owns)
-        if len(free) + site.placement.slices >= wanted:
+            fleet.lease.repair()
+        _, free = placement.look(fleet.config, fleet.avoid, fleet.lease.owns)
+        if len(free) + fleet.placement.slices >= wanted:
             return Evidence(0, notice=BACK, time=time.time())
     return None
 
 
-def take_spares(site: Site) -> dict[str, Any]:
+def take_spares(fleet: Fleet) -> dict[str, Any]:
     """They are at work from now on."""
-    taken, site.spares = hosts.living(site.spares), {}
+    taken, fleet.spares = hosts.living(fleet.spares), {}
     return taken
 
 
-def man(site: Site, group: Group) -> None:
+def start_keepers(fleet: Fleet, group: Group) -> None:
     """A keeper on every host, come up while the program is loaded; it notes when the host's process ends."""
     for spot, (node, pid) in zip(group.placement.spots, group.by_node.items(), strict=True):
-        if node not in site.keepers:
-            asked = metadata.HOST if site.config.cluster.kind != "local" else None
-            site.keepers[node] = memory.make(site.space, spot, site.config.checkpoint.memory_idle_s, asked)
-        site.keepers[node].watch.remote(pid)
+        if node not in fleet.keepers:
+            asked = metadata.HOST if fleet.config.cluster.kind != "local" else None
+            fleet.keepers[node] = memory.make(fleet.space, spot, fleet.config.checkpoint.memory_idle_s, asked)
+        fleet.keepers[node].watch.remote(pid)
 
 
-def kill(site: Site, group: Group) -> None:
+def kill(fleet: Fleet, group: Group) -> None:
     """Ends the processes of an attempt: by their hosts' keepers at once, even a stopped one, and by Ray."""
-    site.predecessors |= group.by_node
+    fleet.predecessors |= group.by_node
     for node, pid in group.by_node.items():
-        if node in site.keepers:
-            site.keepers[node].signal.remote(pid, signal.SIGKILL)
+        if node in fleet.keepers:
+            fleet.keepers[node].signal.remote(pid, signal.SIGKILL)
     hosts.stop(group.workers)
 
 
-def put_by(site: Site) -> None:
+def start_spares(fleet: Fleet) -> None:
     """A process in reserve on every host."""
-    assert site.placement is not None
-    for spot in site.placement.spots:
-        if spot.node_id not in site.spares:
-            site.spares[spot.node_id] = hosts.spare(spot)
+    assert fleet.placement is not None
+    for spot in fleet.placement.spots:
+        if spot.node_id not in fleet.spares:
+            fleet.spares[spot.node_id] = hosts.spare(spot)
 
 
-def equip(site: Site, group: Group, opened: Sequence[Opened], patience_s: float) -> Attaching:
+def request_memory(fleet: Fleet, group: Group, opened: Sequence[Opened], patience_s: float) -> Attaching:
     """Asks for memory on every host."""
-    keepers = [site.keepers[spot.node_id] for spot in group.placement.spots]
+    keepers = [fleet.keepers[spot.node_id] for spot in group.placement.spots]
     keys = [one.share_key for one in opened]
     return memory.attach(keepers, keys, opened[0].share_bytes, patience_s)
 
 
 @contextmanager
-def opened(config: Config, folder: Path, given: Given) -> Iterator[Site]:
+def managed(config: Config, folder: Path, lease: Lease) -> Iterator[Fleet]:
     """With what an earlier controller of this run left. At the end all is given back, but for snapshots that a
     controller which resumes the run will want.
     """
-    site = Site(config, memory.namespace(folder.name, rundir.read_manifest(folder).created), given)
-    site.keepers = memory.find(site.space)
-    site.quarantined = quarantined(folder) if config.fitness.check else {}  # false lifts it
+    fleet = Fleet(config, memory.namespace(folder.name, rundir.read_manifest(folder).created), lease)
+    fleet.keepers = memory.find(fleet.space)
+    fleet.quarantined = quarantined(folder) if config.fitness.check else {}  # false lifts it
     try:
-        yield site
+        yield fleet
     finally:
-        hosts.stop(site.spares.values())
-        if not site.needed:
-            memory.end(site.keepers)
-        if site.placement is not None:
-            placement.release(site.placement)
+        hosts.stop(fleet.spares.values())
+        if not fleet.needed:
+            memory.end(fleet.keepers)
+        if fleet.placement is not None:
+            placement.release(fleet.placement)
