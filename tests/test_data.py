@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from gemma.config import ConfigError
-from gemma.text import data, tokens
+from gemma.text import tokens
 from gemma.text.tokenizer import PAD
+from gemma.train import data
 from tests.small_text import BATCH, SEQUENCE, config
 
 
