@@ -142,7 +142,7 @@ def test_a_run_id_is_taken_once(tmp_path: Path) -> None:
 
 def test_the_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
     code = (
-        "import sys, time, pathlib; from orchestrator import rundir;"
+        "import sys, time, pathlib; from orchestrator.record import rundir;"
         "held = rundir.lock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=TOP, stdout=subprocess.PIPE)

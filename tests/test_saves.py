@@ -153,8 +153,8 @@ def test_a_disk_that_takes_nothing_is_told_once_and_what_is_lost_at_the_end(tmp_
 
 
 def test_a_host_whose_log_is_on_a_full_disk_prints_on() -> None:
-    code = "from orchestrator import worker; worker.redirect('/dev/full'); print('x' * 100_000, flush=True)"
-    code += "; assert worker.told(int, 'x').exception == 'ValueError'"
+    code = "from orchestrator.hosts import worker; worker.redirect('/dev/full'); print('x' * 100_000, flush=True)"
+    code += "; assert worker.caught(int, 'x').exception == 'ValueError'"
     subprocess.run([sys.executable, "-c", code], cwd=TOP, check=True)
 
 
