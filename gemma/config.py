@@ -234,6 +234,18 @@ class Guard:
 
 
 @dataclass(frozen=True)
+class Evaluate:
+    """Weights whose held-out loss is computed: an evaluation is a run of its own."""
+
+    weights: str  # a run's folder, imported weights, a Hugging Face folder
+    step: int | None  # of a run's checkpoints; null is the newest, or weights that have none
+
+    def __post_init__(self) -> None:
+        require(bool(self.weights), "evaluate.weights=: empty; give a folder")
+        require(self.step is None or self.step >= 0, f"evaluate.step={self.step}: must be at least 0, or null")
+
+
+@dataclass(frozen=True)
 class Program:
     """All that the SPMD program needs to know. Equal programs train the same model, bit for bit, on equal meshes."""
 
@@ -246,6 +258,7 @@ class Program:
     checkpoint: Checkpoint
     profile: Profile
     guard: Guard
+    evaluate: Evaluate | None  # null trains
 
 
 def fill(mesh: Mesh, chips: int) -> Mesh:

@@ -15,6 +15,7 @@ class Restored:
     compile_cached: bool
     platform: str
     seconds: dict[str, float]  # by phase: data, compile, restore
+    steps: int  # the last one of the run; an evaluation's are its batches
     rows: tuple["Row", ...] = ()  # of steps before `step` that the controller may not have been told of
     evals: tuple["Evaluated", ...] = ()  # likewise
 

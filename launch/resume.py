@@ -47,7 +47,7 @@ def work() -> int:
     change.refuse(found, config.resume.allow_data_change)
     committed = rundir.committed(folder)
     done = committed[-1] if committed else 0
-    if config.train.steps <= done:
+    if config.evaluate is None and config.train.steps <= done:
         raise ConfigError(
             f"train.steps={config.train.steps}: run {folder.name} has done {done} already;"
             f" allowed: more than {done}, as in train.steps={2 * done}"
@@ -57,7 +57,8 @@ def work() -> int:
     lock = rundir.lock(folder)  # refused here, before anything is written, where another process drives the run
     for item in found:
         print(f"resume: {item}")
-    print(f"resume: run {folder.name} from step {done} to {config.train.steps}", flush=True)
+    if config.evaluate is None:
+        print(f"resume: run {folder.name} from step {done} to {config.train.steps}", flush=True)
     code = source.source()
     attempt = rundir.Attempt("resume", overrides, time.time(), code.commit)
     resumed = replace(

@@ -44,6 +44,8 @@ def train(composed: DictConfig, commanded: float) -> Exit:
     container = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(container, dict)
     config = configs.from_container({str(key): value for key, value in container.items()})
+    if config.evaluate is not None:
+        raise ConfigError("evaluate: goes with launch.evaluate")
     preflight.check(config)
     if not config.detach:  # its job does that on the head
         preflight.check_fits(config)

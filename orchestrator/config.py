@@ -14,6 +14,7 @@ from gemma.config import (
     ConfigError,
     Data,
     Eval,
+    Evaluate,
     Guard,
     Mesh,
     Model,
@@ -130,6 +131,7 @@ class Config:
     plan: Planning
     chaos: Chaos
     resume: Resume
+    evaluate: Evaluate | None  # the program of launch.evaluate; null trains
     detach: bool  # the controller is a job on the head of the Ray cluster
 
     def __post_init__(self) -> None:
@@ -161,6 +163,7 @@ class Config:
             self.checkpoint,
             self.profile,
             self.guard,
+            self.evaluate,
         )
 
 

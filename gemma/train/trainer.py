@@ -122,6 +122,7 @@ class Trainer:
             compile_cached=self.cached,
             platform=jax.devices()[0].platform,
             seconds=dict(self.seconds),
+            steps=program.train.steps,
             rows=tuple(self.rows),
             evals=tuple(self.evals),
         )

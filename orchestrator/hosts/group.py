@@ -122,7 +122,8 @@ def join(group: Group, config: Config, stop: Callable[[], bool]) -> Group:
     return group
 
 
-def open_trainers(group: Group, config: Config, folder: Path) -> Call:
+def open_programs(group: Group, config: Config, folder: Path) -> Call:
+    """Has every host open the program that the config names: its data, and what it compiles."""
     refs = [w.open.remote(config.program, str(folder), config.run.cache) for w in group.workers]
     return Call("data and compile", tuple(refs), config.timeout.compile_s, group.placement)
 

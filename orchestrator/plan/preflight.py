@@ -63,6 +63,10 @@ def check(config: Config) -> None:
             from gemma.weights import sources  # a tenth of a second that other runs do not pay
 
             sources.check_model("train.init_from", config.train.init_from, config.model)
+        if config.evaluate is not None:
+            from gemma.weights import sources
+
+            sources.check_model("evaluate.weights", config.evaluate.weights, config.model, config.evaluate.step)
         corpus.check(config.data, config.train.batch)
         coder = tokenizer.load(config.data.tokenizer)
         if coder.vocab > config.model.vocab:
@@ -103,7 +107,7 @@ def check_size(config: Config) -> None:
 
 def check_fits(config: Config) -> None:
     """Compiles the step for the slices before any is asked for. Raises ConfigError naming what fits, if it does not."""
-    if config.cluster.kind == "local" or config.plan.skip:
+    if config.cluster.kind == "local" or config.plan.skip or config.evaluate is not None:
         return
     if analytic.hbm_bytes(config.program) < FAR_BELOW * v5p.HBM_BYTES:
         return

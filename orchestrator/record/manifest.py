@@ -22,18 +22,19 @@ def versions() -> dict[str, str]:
     return found
 
 
-def new(config: Config, overrides: list[str]) -> Manifest:
+def new(config: Config, overrides: list[str], command: str = "train", parent: str | None = None) -> Manifest:
+    """Of a run that begins. parent: the run whose weights it takes."""
     assert config.run.id is not None
     mesh, code = config.program.mesh, source()
     return Manifest(
         id=config.run.id,
         created=time.time(),
         config=asdict(config),
-        attempts=[Attempt("train", overrides, time.time(), code.commit)],
+        attempts=[Attempt(command, overrides, time.time(), code.commit)],
         git_commit=code.commit,
         git_diff=code.diff,
         versions=versions(),
         mesh={"replica": mesh.replica, "fsdp": mesh.fsdp, "tensor": mesh.tensor},
         wandb_id=config.run.id,
-        parent=None,
+        parent=parent,
     )

@@ -53,7 +53,7 @@ class Report:
             self.ledger.carry(json.loads(earlier.read_text()))
         self.metrics_file = rundir.Appender(folder / "metrics.jsonl")
         self.events_file = rundir.Appender(folder / "events.jsonl")
-        self.screen = Screen(config.train.steps)
+        self.screen = Screen()
         self.wandb = WandbLog(config, folder, self.screen.say)
         self.newest = max(rundir.metrics(folder), default=0)  # the newest step ever reported
         self.step = 0  # the newest of this attempt
@@ -163,6 +163,7 @@ class Report:
         snapshot_of: the attempt whose snapshot they restored, if any. Its last results may not have been told yet.
         """
         self.facts, self.step = facts, facts.step
+        self.screen.expect(facts.steps)
         for bucket, seconds in facts.seconds.items():
             self.ledger.move("start", bucket, seconds)
         self.event("compile", facts.step, facts.seconds.get("compile"), cached=facts.compile_cached)
@@ -223,14 +224,9 @@ class Report:
         return {
             "step": row.step,
             "attempt": self.attempt,
-            "loss": metrics["loss"],
+            **metrics,
             "bits_per_byte": self.bits_per_byte(metrics["loss"]),
-            "grad_norm": metrics["grad_norm"],
-            "param_norm": metrics["param_norm"],
-            "learning_rate": metrics["learning_rate"],
             "tokens": row.step * per_step,
-            "targets": metrics["targets"],
-            "ok": metrics["ok"],
             "step_s": row.step_s,
             "time": row.time,
             "tokens_per_s": per_step / step_s,

@@ -35,6 +35,7 @@ def program(model: Model, *, batch: int, sequence: int, dtype: str, remat: str, 
         checkpoint=Checkpoint(0, 0.0, 1, 0, "off", 0.01, 60.0),
         profile=Profile(steps=()),
         guard=Guard(action="skip", spike_sigmas=0.0, warmup=100, rollback_steps=1, budget=10),
+        evaluate=None,
     )
 
 
