@@ -1,4 +1,4 @@
-"""What a host tells its controller: plain values, no arrays, no JAX."""
+"""Messages from a host to its controller: plain values, no arrays, no JAX."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class Restored:
     platform: str
     seconds: dict[str, float]  # by phase: data, compile, restore
     steps: int  # the last one of the run; an evaluation's are its batches
-    rows: tuple["Row", ...] = ()  # of steps before `step` that the controller may not have been told of
+    rows: tuple["Row", ...] = ()  # of steps before `step` whose results may not have reached the controller
     evals: tuple["Evaluated", ...] = ()  # likewise
 
 
@@ -50,22 +50,22 @@ class Bad:
 
 @dataclass(frozen=True)
 class Ran:
-    """What a window of steps brought."""
+    """The results of a window of steps."""
 
     rows: tuple[Row, ...]
     bad: tuple[Bad, ...]
-    halted: bool  # the hosts make no step more before they are brought back to one
-    snapshots: int  # taken meanwhile
-    wait_s: float  # for them while the devices had nothing to do
-    data_s: float  # that the devices stood still for the next batch
+    halted: bool  # the hosts refuse further steps until a `restore`
+    snapshots: int  # taken in this window
+    wait_s: float  # the devices were idle, waiting for snapshots
+    data_s: float  # the devices were idle, waiting for the next batch
 
 
 @dataclass(frozen=True)
 class Kept:
     """A host's snapshots have begun."""
 
-    pack_s: float  # that its devices take for one
-    seconds: float  # that training stood still
+    pack_s: float  # the devices' time for one snapshot
+    seconds: float  # training stood still
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Opened:
-    """A host's programs are ready; what its memory will have to hold."""
+    """A host's programs are ready; how much of its memory snapshots will take."""
 
     share_key: str  # equal for hosts that hold the same bytes of the state
     share_bytes: int
@@ -94,11 +94,11 @@ class Opened:
 
 @dataclass(frozen=True)
 class ChipFacts:
-    """What a host has found out about its chips; of each, in their order, what is a tuple."""
+    """A host's facts about its chips. Per-chip facts are tuples, in device order."""
 
     platform: str
     chips: int
-    chips_in_all: int  # of all hosts, as this one sees it
-    free_bytes: tuple[int, ...] = ()  # empty where the platform does not tell
-    products: tuple[str, ...] = ()  # a checksum of the same matrix product
-    seconds: tuple[float, ...] = ()  # that it took; empty where that tells nothing
+    chips_in_all: int  # of all hosts, as this host sees it
+    free_bytes: tuple[int, ...] = ()  # empty where the platform does not report it
+    products: tuple[str, ...] = ()  # checksums of one and the same matrix product
+    seconds: tuple[float, ...] = ()  # that the product took; empty where the time means nothing
