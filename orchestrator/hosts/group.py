@@ -140,7 +140,7 @@ def call_each(group: Group, timeout_s: float, verb: str, arguments: Sequence[tup
 
 
 def collect(sent: Call, stop: Callable[[], bool] = lambda: False) -> list[Any]:
-    """Waits for every host's answer; returns them in rank order. Raises HostsFailedError, and StoppedError once `stop()`."""
+    """Waits for every host's answer; in rank order. Raises HostsFailedError, and StoppedError once `stop()`."""
     waiting = list(sent.refs)
     found: dict[Any, Any] = {}
     deadline = time.monotonic() + sent.timeout_s
