@@ -35,7 +35,7 @@ def put(address: Address, key: str, step: int) -> None:
 
 def test_a_share_that_was_put_comes_back_to_the_bit(keeper: Keeper) -> None:
     put(keeper.address, "a", 7)
-    got, notes = wire.get(keeper.address, "a", 7)
+    got, notes = wire.get(keeper.address, "a", 7, BYTES)
     assert (bytes(got), notes) == (share(7).tobytes(), {"attempt": 1})
 
 

@@ -9,6 +9,7 @@ import json
 import mmap
 import struct
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 SLOTS = 4
 BACKGROUND_NICENESS = 10  # niceness of what is done beside training: it has what training leaves of the processor
 PROGRESS = struct.Struct("<qd")  # steps done by the process that writes here, and the time.time() of the last
-HEADER = struct.Struct("<qq")  # step of a whole snapshot, or EMPTY; bytes of its notes
+HEADER = struct.Struct("<qqI")  # step of a whole snapshot, or EMPTY; bytes of its notes, and their CRC-32
 EMPTY = -1
 PAGE = 4096
 NOTES_BYTES = 1 << 20  # JSON; pages that are never touched take no memory
@@ -40,7 +41,7 @@ def clear(descriptor: int, share_bytes: int) -> Slots:
     """Maps a new file of zeros and marks its slots as empty."""
     slots = Slots(mmap.mmap(descriptor, file_bytes(share_bytes)), share_bytes)
     for slot in range(SLOTS):
-        mark(slots, slot, EMPTY, 0)
+        mark(slots, slot, EMPTY)
     tell_progress(slots, 0)
     return slots
 
@@ -65,8 +66,8 @@ def start_of(slots: Slots, slot: int) -> int:
     return PAGE + slot * slot_bytes(slots.share_bytes)
 
 
-def mark(slots: Slots, slot: int, step: int, notes_bytes: int) -> None:
-    HEADER.pack_into(slots.memory, start_of(slots, slot), step, notes_bytes)
+def mark(slots: Slots, slot: int, step: int, notes: bytes = b"") -> None:
+    HEADER.pack_into(slots.memory, start_of(slots, slot), step, len(notes), zlib.crc32(notes))
 
 
 def held(slots: Slots) -> dict[int, int]:
@@ -81,7 +82,7 @@ def begin(slots: Slots, step: int) -> tuple[int, memoryview]:
     free = [slot for slot in range(SLOTS) if slot not in there.values()]
     # A step done again: its old snapshot may be of another history.
     slot = there[step] if step in there else free[0] if free else there[min(there)]
-    mark(slots, slot, EMPTY, 0)
+    mark(slots, slot, EMPTY)
     return slot, share(slots, slot)
 
 
@@ -96,23 +97,33 @@ def commit(slots: Slots, slot: int, step: int, notes: bytes) -> None:
         raise ValueError(f"notes of step {step}: {len(notes)} bytes, at most {NOTES_BYTES}")
     start = start_of(slots, slot) + PAGE
     slots.memory[start : start + len(notes)] = notes
-    mark(slots, slot, step, len(notes))
+    mark(slots, slot, step, notes)
 
 
 def notes(slots: Slots, step: int) -> Any:
-    """What was noted with a step that is held."""
+    """What was noted with a step. Raises KeyError where it is not held, ValueError where its notes are damaged."""
     return json.loads(raw_notes(slots, step))
 
 
 def raw_notes(slots: Slots, step: int) -> bytes:
+    """Raises as `notes` does."""
     slot = held(slots)[step]
-    size = HEADER.unpack_from(slots.memory, start_of(slots, slot))[1]
+    _, size, crc = HEADER.unpack_from(slots.memory, start_of(slots, slot))
     start = start_of(slots, slot) + PAGE
-    return slots.memory[start : start + size]
+    found = slots.memory[start : start + size] if 0 < size <= NOTES_BYTES else b""
+    if not found or zlib.crc32(found) != crc:
+        raise ValueError(f"notes of step {step}: not what was written, by their checksum")
+    return found
+
+
+def drop(slots: Slots, step: int) -> None:
+    """Gives up one step, if it is held."""
+    if (slot := held(slots).get(step)) is not None:
+        mark(slots, slot, EMPTY)
 
 
 def drop_after(slots: Slots, step: int) -> None:
     """Gives up what lies beyond a step that is gone back to."""
     for later, slot in held(slots).items():
         if later > step:
-            mark(slots, slot, EMPTY, 0)
+            mark(slots, slot, EMPTY)
