@@ -198,6 +198,8 @@ class Trainer:
                 stood_s += self.wait_for_snapshot(keeping)
         for entry in flight:
             self.finish_step(*entry)
+        if self.halted and keeping:
+            keeping.settle()  # else a step that the run goes back from could be held after it has gone back
         self.profile_ends(last)
         hidden_s = snapshots * OVERLAPPED * self.rows[-1].step_s if self.rows else 0.0  # devices had a step to do
         wait_s = stood_s + max(0.0, keeping.waited_s - waited_s - hidden_s) if keeping else 0.0
