@@ -12,9 +12,10 @@ import time
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
-from gemma.memory import wire
+from gemma.memory import slots, wire
 from gemma.memory.wire import Address
 from orchestrator.hosts.keeper import Keeper
 from orchestrator.hosts.memory import ASK_S
@@ -175,3 +176,11 @@ def test_a_share_that_a_host_has_no_room_for_is_refused(keeper: Keeper) -> None:
     with pytest.raises(MemoryError, match="snapshots need 4503"):
         keeper.hold("a", 1 << 50)
     assert keeper.inventory().steps == {}
+
+
+def test_memory_that_is_promised_and_not_yet_written_is_not_promised_again(keeper: Keeper) -> None:
+    half = psutil.virtual_memory().available // 2 // slots.SLOTS
+    keeper.hold("a", half)
+    with pytest.raises(MemoryError):
+        keeper.hold("b", half)
+    keeper.hold("c", BYTES)

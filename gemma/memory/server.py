@@ -69,13 +69,18 @@ def hold(server: Server, key: str, share_bytes: int) -> Memory:
         if memory is None:
             if len(server.memories) >= SHARES:
                 raise MemoryError(f"this host holds {SHARES} shares already")
-            check_room(slots.file_bytes(share_bytes))
+            check_room(slots.file_bytes(share_bytes) + sum(map(untouched_bytes, server.memories.values())))
             descriptor = os.memfd_create(f"gemma-{key}")
             os.ftruncate(descriptor, slots.file_bytes(share_bytes))
             memory = server.memories[key] = Memory(slots.clear(descriptor, share_bytes), descriptor)
     if memory.slots.share_bytes != share_bytes:
         raise ValueError(f"share {key} is of {memory.slots.share_bytes} bytes, not {share_bytes}")
     return memory
+
+
+def untouched_bytes(memory: Memory) -> int:
+    """What was promised to a share and is not yet taken from the host."""
+    return os.fstat(memory.descriptor).st_size - 512 * os.fstat(memory.descriptor).st_blocks
 
 
 def check_room(wanted_bytes: int) -> None:

@@ -3,6 +3,9 @@
 A file in memory (memfd) belongs to one share. It holds a page that says how far training has come, then four slots:
 the newest snapshot, the two before, and the one being written. While a host writes step n the slowest may still be
 writing n-2, as no host is further ahead than that; so all of them hold n-3 or a later one, whenever they die.
+
+A slot is a page of its header, the notes (JSON), and the share. The header is marked as empty before anything else of
+the slot is written and names the step after everything is, so a writer that dies leaves no half snapshot.
 """
 
 import json
@@ -15,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 SLOTS = 4
-BACKGROUND_NICENESS = 10  # niceness of what is done beside training: it has what training leaves of the processor
+BACKGROUND_NICENESS = 10  # niceness of work beside training: it gets what training leaves of the processor
 PROGRESS = struct.Struct("<qd")  # steps done by the process that writes here, and the time.time() of the last
 HEADER = struct.Struct("<qqI")  # step of a whole snapshot, or EMPTY; bytes of its notes, and their CRC-32
 EMPTY = -1
@@ -57,7 +60,7 @@ def tell_progress(slots: Slots, step: int) -> None:
 
 
 def progress(slots: Slots) -> tuple[int, float]:
-    """Steps done, and when the last was: also of a process that is dead."""
+    """Steps done, and the time.time() of the last: of a dead process too."""
     step, at = PROGRESS.unpack_from(slots.memory, 0)
     return step, at
 
@@ -71,17 +74,17 @@ def mark(slots: Slots, slot: int, step: int, notes: bytes = b"") -> None:
 
 
 def held(slots: Slots) -> dict[int, int]:
-    """The slot of each step that is held whole."""
+    """The slot of each whole snapshot, by step."""
     steps = {slot: HEADER.unpack_from(slots.memory, start_of(slots, slot))[0] for slot in range(SLOTS)}
     return {step: slot for slot, step in steps.items() if step != EMPTY}
 
 
 def begin(slots: Slots, step: int) -> tuple[int, memoryview]:
     """Gives up the oldest step where all slots are taken; returns its slot and where the share goes."""
-    there = held(slots)
-    free = [slot for slot in range(SLOTS) if slot not in there.values()]
+    found = held(slots)
+    free = [slot for slot in range(SLOTS) if slot not in found.values()]
     # A step done again: its old snapshot may be of another history.
-    slot = there[step] if step in there else free[0] if free else there[min(there)]
+    slot = found[step] if step in found else free[0] if free else found[min(found)]
     mark(slots, slot, EMPTY)
     return slot, share(slots, slot)
 
@@ -123,7 +126,7 @@ def drop(slots: Slots, step: int) -> None:
 
 
 def drop_after(slots: Slots, step: int) -> None:
-    """Gives up what lies beyond a step that is gone back to."""
+    """Gives up all snapshots beyond a step that the run goes back to."""
     for later, slot in held(slots).items():
         if later > step:
             mark(slots, slot, EMPTY)

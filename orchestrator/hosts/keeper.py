@@ -15,6 +15,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from gemma.memory import server as shares
 from gemma.memory import slots
 from gemma.memory.server import Memory
@@ -115,7 +117,7 @@ class Keeper:
             self.deaths[pid] = time.time()
 
     def watch_metadata(self, metadata_host: str) -> None:
-        """Tells the process at work, once, that the machine is about to be taken away."""
+        """Signals the process at work, once, that the machine is about to be taken away."""
         while True:
             try:
                 notice = metadata.notice(metadata_host)
@@ -130,7 +132,7 @@ class Keeper:
             time.sleep(metadata.ASK_EVERY_S)
 
     def signal(self, pid: int, number: int) -> bool:
-        """Only a process that this keeper was told to watch; False where it is gone."""
+        """Sends a signal to a process that this keeper watches; False for any other, or where it is gone."""
         if pid not in self.watched:
             return False
         with contextlib.suppress(ProcessLookupError):
@@ -139,7 +141,7 @@ class Keeper:
         return False
 
     def stacks(self, pid: int) -> str:
-        """State, place in the kernel and name of each thread of a process. Its Python stacks it writes itself."""
+        """State, place in the kernel and name of each thread of a process, which writes its Python stacks itself."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGUSR1)
         return "\n".join(self.threads(pid))
@@ -159,16 +161,15 @@ class Keeper:
         threading.Timer(seconds, self.signal, (pid, signal.SIGCONT)).start()
 
     def fill(self, pid: int, seconds: float) -> None:
-        """To a process the disk is full for a while: no file of its grows."""
+        """For a process the disk is full for a while: none of its files grows."""
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
         unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
         threading.Timer(seconds, resource.prlimit, (pid, resource.RLIMIT_FSIZE, unlimited)).start()
 
     def end_host(self, pid: int) -> None:
         """All of Ray on this host ends at once, this keeper last."""
-        parent = os.getppid()
-        others = [found for found in children(parent) if found != os.getpid()]
-        for found in {pid, parent, *others}:
+        parent = psutil.Process(os.getppid())
+        for found in {pid, parent.pid, *(child.pid for child in parent.children())} - {os.getpid()}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(found, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -191,17 +192,8 @@ def path_of(memory: Memory) -> str:
     return f"/proc/{os.getpid()}/fd/{memory.descriptor}"
 
 
-def children(parent: int) -> list[int]:
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(int(stat.parent.name))
-    return found
-
-
 def oom_kills() -> int:
-    """The kernel's count for this machine; where it is not told, for this control group; 0 where that is not either."""
+    """The kernel's count for this machine; where it has none, for this control group; else 0."""
     for path in ("/proc/vmstat", "/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
         with contextlib.suppress(OSError, ValueError):
             for line in Path(path).read_text().splitlines():
