@@ -1,19 +1,24 @@
 """A host's keeper, in this process: shares come and go over real sockets, processes are seen to end."""
 
+import contextlib
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
-from gemma.memory import wire
+from gemma.memory import slots, wire
 from gemma.memory.wire import Address
 from orchestrator.hosts.keeper import Keeper
+from orchestrator.hosts.memory import ASK_S
 from orchestrator.hosts.witness import is_stopped
 
 BYTES = 100_000
@@ -35,7 +40,7 @@ def put(address: Address, key: str, step: int) -> None:
 
 def test_a_share_that_was_put_comes_back_to_the_bit(keeper: Keeper) -> None:
     put(keeper.address, "a", 7)
-    got, notes = wire.get(keeper.address, "a", 7)
+    got, notes = wire.get(keeper.address, "a", 7, BYTES)
     assert (bytes(got), notes) == (share(7).tobytes(), {"attempt": 1})
 
 
@@ -45,28 +50,58 @@ def test_the_inventory_names_each_share_and_its_steps(keeper: Keeper) -> None:
     assert keeper.inventory().steps == {"a": ((1, 1), (2, 1)), "b": ((2, 1),)}
 
 
+def half_sent(address: Address, step: int) -> socket.socket:
+    """A sender that has sent half of a share."""
+    connection = wire.connect(address)
+    wire.send_request(connection, wire.Request("put", "a", step, BYTES, 14))
+    wire.receive_answer(connection)
+    connection.sendall(memoryview(share(step))[: BYTES // 2])
+    return connection
+
+
 def test_a_share_under_way_when_its_sender_dies_is_not_held(keeper: Keeper) -> None:
     put(keeper.address, "a", 1)
-    with wire.connect(keeper.address) as connection:
-        head = {"verb": "put", "token": keeper.address.token, "key": "a", "step": 2, "bytes": BYTES, "notes": 2}
-        wire.send(connection, head, memoryview(share(2))[: BYTES // 2])
+    half_sent(keeper.address, 2).close()
     time.sleep(0.2)
     assert keeper.inventory().steps == {"a": ((1, 1),)}
 
 
-def test_a_stranger_without_the_token_gets_and_puts_nothing(keeper: Keeper) -> None:
+def test_a_sender_whose_machine_vanishes_holds_nothing_up(keeper: Keeper) -> None:
+    """It sends no FIN: the keeper has only silence to go by, while the controller waits a second for an answer."""
+    put(keeper.address, "a", 10)
+    answers: list[Any] = []
+
+    def ask() -> None:
+        answers.append(keeper.inventory().steps)
+        keeper.watch(os.getpid())
+        keeper.go_back(10)
+        answers.append(keeper.inventory().steps)
+
+    with half_sent(keeper.address, 11) as silent:
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(ASK_S)
+        assert answers == [{"a": ((10, 1),)}] * 2
+        silent.settimeout(5.0)
+        assert silent.recv(1) == b""  # the run has gone back: it is not waited for
+
+
+def test_what_was_on_its_way_when_the_run_went_back_is_never_held(keeper: Keeper) -> None:
     put(keeper.address, "a", 1)
-    stranger = replace(keeper.address, token="guess")
-    with pytest.raises(OSError):
-        wire.get(stranger, "a", 1)
-    with pytest.raises(OSError):
-        put(stranger, "a", 2)
-    assert keeper.inventory().steps == {"a": ((1, 1),)}
+    with half_sent(keeper.address, 3) as late:
+        keeper.go_back(1)
+        with contextlib.suppress(OSError):
+            late.sendall(memoryview(share(3))[BYTES // 2 :].tobytes() + b'{"attempt": 1}')
+        with pytest.raises(OSError):
+            wire.receive_answer(late)
+    put(keeper.address, "a", 2)
+    assert keeper.inventory().steps == {"a": ((1, 1), (2, 1))}
+    assert bytes(wire.get(keeper.address, "a", 2, BYTES)[0]) == share(2).tobytes()
 
 
 def test_a_step_that_is_not_held_is_refused_by_name(keeper: Keeper) -> None:
     with pytest.raises(wire.WireError, match="step 3"):
-        wire.get(keeper.address, "a", 3)
+        wire.get(keeper.address, "a", 3, BYTES)
 
 
 def test_a_process_of_the_host_opens_the_memory_by_its_path(keeper: Keeper) -> None:
@@ -81,7 +116,7 @@ slots.commit(memory, slot, 4, b'{{"attempt": 2}}')
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     assert keeper.inventory().steps == {"a": ((4, 2),)}
-    assert bytes(wire.get(keeper.address, "a", 4)[0]) == bytes([9]) * BYTES
+    assert bytes(wire.get(keeper.address, "a", 4, BYTES)[0]) == bytes([9]) * BYTES
 
 
 def test_going_back_drops_later_steps_of_every_share(keeper: Keeper) -> None:
@@ -141,3 +176,11 @@ def test_a_share_that_a_host_has_no_room_for_is_refused(keeper: Keeper) -> None:
     with pytest.raises(MemoryError, match="snapshots need 4503"):
         keeper.hold("a", 1 << 50)
     assert keeper.inventory().steps == {}
+
+
+def test_memory_that_is_promised_and_not_yet_written_is_not_promised_again(keeper: Keeper) -> None:
+    half = psutil.virtual_memory().available // 2 // slots.SLOTS
+    keeper.hold("a", half)
+    with pytest.raises(MemoryError):
+        keeper.hold("b", half)
+    keeper.hold("c", BYTES)

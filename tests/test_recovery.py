@@ -5,8 +5,10 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from gemma.memory import slots
 from orchestrator.hosts.worker import is_running
 from orchestrator.record import rundir, wandb_spool
 from tests.runs import (
@@ -83,6 +85,44 @@ def test_sigkill_of_a_worker_restarts_by_itself_and_ends_bitwise_the_same(
     assert wandb_steps(folder) == list(range(1, STEPS + 1))
     assert goodput(folder)["restarts"] == 1
     assert goodput(folder)["incidents"][0]["steps_lost"] <= 1
+
+
+def test_a_flipped_bit_in_a_hosts_memory_is_seen_and_the_copy_elsewhere_is_used(undisturbed: Path, root: Path) -> None:
+    process = launch("train", f"run.root={root}", "run.id=flipped", *SMALL)
+    folder = root / "flipped"
+    wait_for_step(process, folder, 15)
+    files = memory_files([e["pids"] for e in rundir.events(folder) if e["event"] == "start"][-1][0])
+    assert len(files) == 2  # of its own share and of its buddy's
+    kill_worker(folder, 0)
+    for path in files:
+        flip_every_share(path)
+    finish(process, 0)
+    failures = [e for e in rundir.events(folder) if e["event"] == "failure"]
+    assert [(f["outcome"], f["rank"]) for f in failures] == [("host died", 0), ("snapshot unusable", 0)]
+    assert "this host's memory is damaged" in failures[1]["evidence"]
+    restored = [e["source"] for e in rundir.events(folder) if e["event"] == "restore"]
+    assert restored == ["memory"]
+    assert_same_run(undisturbed, folder, STEPS)
+
+
+def memory_files(pid: int) -> list[Path]:
+    """The memory that the keeper beside a host's process holds: both are children of its Ray node."""
+    beside = [child for child in psutil.Process(psutil.Process(pid).ppid()).children() if child.pid != pid]
+    files = [file for child in beside for file in Path(f"/proc/{child.pid}/fd").iterdir()]
+    found = [file for file in files if os.readlink(file).startswith("/memfd:gemma-")]
+    return list({file.stat().st_ino: file for file in found}.values())
+
+
+def flip_every_share(path: Path) -> None:
+    """A bit of the share in each slot."""
+    with open(path, "r+b") as file:
+        slot_bytes = (os.fstat(file.fileno()).st_size - slots.PAGE) // slots.SLOTS
+        for slot in range(slots.SLOTS):
+            at = slots.PAGE + slot * slot_bytes + slots.PAGE + slots.NOTES_BYTES + 1000
+            file.seek(at)
+            changed = file.read(1)[0] ^ 4
+            file.seek(at)
+            file.write(bytes([changed]))
 
 
 def test_sigkill_of_the_controller_leaves_no_process_and_resume_ends_bitwise_the_same(

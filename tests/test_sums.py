@@ -105,7 +105,37 @@ def test_no_array_travels_for_its_sums_and_nothing_between_replicas() -> None:
         assert line.split("=")[1].split("[")[0].strip() == "u32"
 
 
-def test_leaves_that_are_not_words_are_refused() -> None:
+TYPES = [jnp.bfloat16, np.float16, np.int8, np.uint8, np.bool_, jnp.float8_e4m3fn, jnp.int4, np.int32]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: jnp.dtype(dtype).name)
+def test_any_bit_of_an_element_of_any_type_changes_both_sums_however_it_is_cut(dtype: Any) -> None:
+    bits = 1 if dtype is np.bool_ else 4 if dtype is jnp.int4 else 8 * jnp.dtype(dtype).itemsize
+    summing, put = placed(mixed_types(dtype), MESHES[0])
+    whole = checksums.as_hex(put, summing(put))["params.rows"]
+    assert told(mixed_types(dtype), Mesh(2, 2, 2))["params.rows"] == whole
+    seen = {whole}
+    for bit in range(bits):
+        _, put = placed(mixed_types(dtype, flip=bit), MESHES[0])
+        changed = checksums.as_hex(put, summing(put))["params.rows"]
+        assert changed[:8] not in {one[:8] for one in seen}
+        assert changed[8:] not in {one[8:] for one in seen}
+        seen.add(changed)
+
+
+def mixed_types(dtype: Any, flip: int | None = None) -> TrainState:
+    """`state` with a leaf of another type, maybe with one bit of its second element flipped."""
     values = state()
-    with pytest.raises(ValueError, match="four bytes"):
-        placed(values._replace(guard=np.zeros(4, np.float16)), MESHES[0])  # type: ignore[arg-type]
+    raw = np.random.default_rng(3).integers(0, 256, (16, 3, jnp.dtype(dtype).itemsize), np.uint8)
+    if dtype is np.bool_:
+        raw %= 2
+    if flip is not None:
+        raw[0, 1, flip // 8] ^= 1 << flip % 8
+    rows = (raw[..., 0].view(np.int8) << 4 >> 4).astype(dtype) if dtype is jnp.int4 else raw.view(dtype)[..., 0]
+    return values._replace(params=values.params | {"rows": rows})
+
+
+def test_what_is_no_number_is_refused() -> None:
+    values = state()
+    with pytest.raises(ValueError, match="key<fry>"):
+        checksums.summing(values._replace(guard=jax.random.key(0)), make_mesh(MESHES[0], jax.devices()[:1]))

@@ -2,7 +2,8 @@
 
 A leaf has two sums, uint32 and wrapping, over all its elements. What an element adds is its bits mixed with its index
 in the whole array, one to one for each index: a single changed element always changes the sum, any other change but
-for one in 2^64. Integers add up to the same in any order, so a leaf's sums do not depend on how it is cut.
+for one in 2^64. Integers add up to the same in any order, so a leaf's sums do not depend on how it is cut. An element
+may be of 1, 2, 4 or 8 bytes.
 """
 
 import itertools
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from gemma.checkpoint import words
 from gemma.train.step import TrainState
 
 OTHER = 0x9E3779B9  # added before the mixing is repeated: the second sum is not of the first one's terms
@@ -29,11 +31,11 @@ def summing(state: TrainState, mesh: jax.sharding.Mesh) -> Any:
     """The program: state to uint32 [leaves, 2], on every device. Devices send each other nothing but sums, and those
     of one replica none to another's.
 
-    state: of jax.ShapeDtypeStruct with shardings. Raises ValueError for leaves that are not four bytes wide.
+    state: of jax.ShapeDtypeStruct with shardings. Raises ValueError for leaves whose bits cannot be read.
     """
     leaves = jax.tree.leaves(state)
-    if any(leaf.dtype.itemsize != 4 for leaf in leaves):
-        raise ValueError("sums are of words: every leaf of the state must be four bytes wide")
+    for leaf in leaves:
+        words.carrier(leaf.dtype)
     cuts = [cut_of(leaf) for leaf in leaves]
     over = [tuple(itertools.chain(*cut)) for cut in cuts]  # where a leaf's parts lie
 
@@ -70,10 +72,13 @@ def part_sums(part: jax.Array, shape: tuple[int, ...], cut: Cut) -> jax.Array:
             along += jax.lax.axis_index(cut[dim]).astype(jnp.uint32) * np.uint32(part.shape[dim])
         index += along * np.uint32(stride % 2**32)
         stride *= shape[dim]
-    words = jax.lax.bitcast_convert_type(part, jnp.uint32)
-    first = mixed(words ^ mixed(index))
-    second = mixed(first + np.uint32(OTHER))
-    return jnp.stack([jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)])
+    total = jnp.zeros(2, jnp.uint32)
+    for bits in words.bits_of(part):  # of 8 bytes two halves
+        first = mixed(bits ^ mixed(index))
+        second = mixed(first + np.uint32(OTHER))
+        total += jnp.stack([jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)])
+        index ^= np.uint32(OTHER)
+    return total
 
 
 def mixed(x: jax.Array) -> jax.Array:

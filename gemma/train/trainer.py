@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from gemma.checkpoint import checksums, disk, saving, snapshot
-from gemma.checkpoint.snapshot import SnapshotWriter
+from gemma.checkpoint.snapshot import Packed, SnapshotWriter
 from gemma.checkpoint.votes import VOTE_S
 from gemma.config import Program
 from gemma.memory import slots
@@ -96,7 +96,7 @@ class Trainer:
         """Stands ready at a step: of a snapshot where a source is given, else committed on disk; None initialises.
 
         skipped: batches that are not used. again: what was saved beyond the step is of no history any more.
-        Raises CheckpointError rather than start afresh, SnapshotError where a snapshot is gone.
+        Raises CheckpointError rather than start afresh, SnapshotError where a snapshot is gone or damaged.
         """
         started = time.monotonic()
         self.rows, self.evals = [], []
@@ -135,12 +135,10 @@ class Trainer:
 
     def recovered(self, step: int, source: Source) -> TrainState:
         """The state out of host memory, and what was noted with it."""
-        words, noted = snapshot.read(source, self.share, step)
+        unpack, _ = self.compile("unpack", (self.flat,))
+        state, noted = snapshot.restore(source, step, self.share, self.mesh, unpack, self.flat)
         self.rows = [Row(**row) for row in noted["rows"]]
         self.evals = [Evaluated(**found) for found in noted["evals"]]
-        unpack, _ = self.compile("unpack", (self.flat,))
-        state: TrainState = unpack(snapshot.placed(words, self.flat, self.mesh, self.share))
-        jax.block_until_ready(state)
         return state
 
     def keep(self, path: str, buddy: Address | None, attempt: int) -> Kept:
@@ -181,7 +179,7 @@ class Trainer:
         count, keeping, self.bad = len(self.rows), self.keeping, []
         snapshots, data_s, stood_s = 0, 0.0, 0.0
         waited_s = keeping.waited_s if keeping else 0.0
-        flight: list[tuple[int, dict[str, jax.Array], jax.Array | None]] = []
+        flight: list[tuple[int, dict[str, jax.Array], Packed | None]] = []
         for step in range(first, last):
             if self.halted:
                 break
@@ -201,6 +199,8 @@ class Trainer:
                 stood_s += self.wait_for_snapshot(keeping)
         for entry in flight:
             self.finish_step(*entry)
+        if self.halted and keeping:
+            keeping.settle()  # else a step that the run goes back from could be held after it has gone back
         self.profile_ends(last)
         hidden_s = snapshots * OVERLAPPED * self.rows[-1].step_s if self.rows else 0.0  # devices had a step to do
         wait_s = stood_s + max(0.0, keeping.waited_s - waited_s - hidden_s) if keeping else 0.0
@@ -212,7 +212,7 @@ class Trainer:
         since, self.ready = self.ready, time.monotonic()
         return self.ready - since
 
-    def finish_step(self, step: int, metrics: dict[str, jax.Array], packed: jax.Array | None) -> None:
+    def finish_step(self, step: int, metrics: dict[str, jax.Array], packed: Packed | None) -> None:
         """Waits for a step; its snapshot is brought to memory from here on, if it is good."""
         if self.halted:
             return

@@ -1,7 +1,7 @@
-"""What stays on a host when its training process dies: the memory of snapshots, and a pair of eyes. A Ray actor.
+"""What stays on a host when its training process dies: it holds the snapshots and watches processes. A Ray actor.
 
-One a host and run, detached: it outlives the controller too, where the cluster does. The memory is its own (memfd), so
-nothing is left of it once this process ends; it ends by itself when nobody has used it for long.
+One for each host and run, detached: it outlives the controller too, where the cluster does. The memory is its own
+(memfd), so nothing is left of it once this process ends; it ends by itself when nobody has used it for long.
 """
 
 import contextlib
@@ -10,21 +10,21 @@ import resource
 import secrets
 import select
 import signal
-import socket
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from gemma.memory import slots, wire
-from gemma.memory.slots import Slots
+import psutil
+
+from gemma.memory import server as shares
+from gemma.memory import slots
+from gemma.memory.server import Memory
 from gemma.memory.wire import Address
 from orchestrator.slices import metadata
 
 NOTICE = signal.SIGUSR2  # to a host's process: its machine will be taken away
-MOST = 0.8  # of the free memory of a host
-FRESH_S = 5.0  # between two looks at whether anybody still needs this
+EXPIRY_CHECK_S = 5.0  # between two checks of whether anybody still needs this process
 
 
 @dataclass(frozen=True)
@@ -34,76 +34,58 @@ class Held:
     address: Address
     steps: dict[str, tuple[tuple[int, int], ...]]  # (step, attempt) of whole snapshots, by the key of their share
     paths: dict[str, str]  # of the slots of each share, for processes on this host
-    done: int  # steps its training process had done, the newest it told
+    done: int  # steps that its training process had done
     deaths: dict[int, float]  # time.time() at which a watched process was seen to end
     ooms: int  # processes killed for memory on this host, as the kernel counts them
     notice: str | None  # that the machine will be taken away
 
 
-@dataclass
-class Memory:
-    slots: Slots
-    descriptor: int
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
 class Keeper:
-    """Answers while training goes on; its methods may be called at once from several sides."""
+    """Answers while training goes on; its methods may be called from several threads at once."""
 
     def __init__(self, ip: str, idle_s: float, metadata_host: str | None = None):
-        """idle_s: it ends after so long without a snapshot or a call. metadata_host: knows if the machine stays."""
+        """idle_s: it ends after so long without a snapshot or a call.
+
+        metadata_host: Google's metadata server, which says if the machine is about to be taken away.
+        """
         os.setpriority(os.PRIO_PROCESS, 0, slots.BACKGROUND_NICENESS)
-        self.memories: dict[str, Memory] = {}
         self.deaths: dict[int, float] = {}
         self.watched: set[int] = set()
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # of the two above and the notice: held for a moment only
         self.notice: str | None = None
-        self.used = time.monotonic()
-        self.listener = socket.create_server((ip, 0))
-        self.address = Address(ip, self.listener.getsockname()[1], secrets.token_hex(16))
-        threading.Thread(target=self.serve, daemon=True, name="server").start()
+        self.server = shares.open_server(ip, secrets.token_hex(16))
+        self.address = self.server.address
         threading.Thread(target=self.expire, args=(idle_s,), daemon=True, name="expiry").start()
-        if asked := os.environ.get("GCE_METADATA_HOST", metadata_host):
-            threading.Thread(target=self.look_out, args=(asked,), daemon=True, name="metadata").start()
+        if host := os.environ.get("GCE_METADATA_HOST", metadata_host):
+            threading.Thread(target=self.watch_metadata, args=(host,), daemon=True, name="metadata").start()
 
     def hold(self, key: str, share_bytes: int) -> str:
-        """Memory for a share, made where it is missing; the path under which processes of this host open it."""
-        self.used = time.monotonic()
-        return self.path(self.memory(key, share_bytes))
+        """Memory for a share, made where it is missing; the path under which processes of this host open it.
 
-    def memory(self, key: str, share_bytes: int) -> Memory:
-        with self.lock:
-            if key not in self.memories:
-                check_room(slots.file_bytes(share_bytes))
-                descriptor = os.memfd_create(f"gemma-{key}")
-                os.ftruncate(descriptor, slots.file_bytes(share_bytes))
-                self.memories[key] = Memory(slots.clear(descriptor, share_bytes), descriptor)
-            return self.memories[key]
-
-    def path(self, memory: Memory) -> str:
-        return f"/proc/{os.getpid()}/fd/{memory.descriptor}"
+        Raises MemoryError where the host has no room for it.
+        """
+        self.server.used = time.monotonic()
+        return path_of(shares.hold(self.server, key, share_bytes))
 
     def inventory(self) -> Held:
-        self.used = time.monotonic()
+        self.server.used = time.monotonic()
+        with self.server.lock:
+            memories = dict(self.server.memories)
         with self.lock:
-            memories = dict(self.memories)
-            deaths = dict(self.deaths)
+            deaths, notice = dict(self.deaths), self.notice
         return Held(
             self.address,
-            {key: whole(m) for key, m in memories.items()},
-            {key: self.path(m) for key, m in memories.items()},
-            max((slots.progress(m.slots)[0] for m in memories.values()), default=0),
+            {key: shares.held_steps(memory) for key, memory in memories.items()},
+            {key: path_of(memory) for key, memory in memories.items()},
+            max((slots.progress(memory.slots)[0] for memory in memories.values()), default=0),
             deaths,
             oom_kills(),
-            self.notice,
+            notice,
         )
 
     def go_back(self, step: int) -> None:
-        """Gives up every snapshot beyond a step that the run goes back to."""
-        with self.lock:
-            for memory in self.memories.values():
-                with memory.lock:
-                    slots.drop_after(memory.slots, step)
+        """Gives up every snapshot beyond a step that the run goes back to, and those on their way in."""
+        shares.go_back(self.server, step)
 
     def watch(self, pid: int) -> None:
         """Notes when a process ends."""
@@ -120,7 +102,7 @@ class Keeper:
         try:
             descriptor = os.pidfd_open(pid)
         except ProcessLookupError:
-            self.deaths[pid] = time.time()
+            self.note_death(pid)
             return
         try:
             poll = select.poll()
@@ -128,11 +110,14 @@ class Keeper:
             poll.poll()
         finally:
             os.close(descriptor)
+        self.note_death(pid)
+
+    def note_death(self, pid: int) -> None:
         with self.lock:
             self.deaths[pid] = time.time()
 
-    def look_out(self, metadata_host: str) -> None:
-        """Tells the process at work, once, that the machine is about to be taken away."""
+    def watch_metadata(self, metadata_host: str) -> None:
+        """Signals the process at work, once, that the machine is about to be taken away."""
         while True:
             try:
                 notice = metadata.notice(metadata_host)
@@ -147,7 +132,7 @@ class Keeper:
             time.sleep(metadata.ASK_EVERY_S)
 
     def signal(self, pid: int, number: int) -> bool:
-        """Only a process that this keeper was told to watch; False where it is gone."""
+        """Sends a signal to a process that this keeper watches; False for any other, or where it is gone."""
         if pid not in self.watched:
             return False
         with contextlib.suppress(ProcessLookupError):
@@ -156,7 +141,7 @@ class Keeper:
         return False
 
     def stacks(self, pid: int) -> str:
-        """State, place in the kernel and name of each thread of a process. Its Python stacks it writes itself."""
+        """State, place in the kernel and name of each thread of a process, which writes its Python stacks itself."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGUSR1)
         return "\n".join(self.threads(pid))
@@ -176,98 +161,39 @@ class Keeper:
         threading.Timer(seconds, self.signal, (pid, signal.SIGCONT)).start()
 
     def fill(self, pid: int, seconds: float) -> None:
-        """To a process the disk is full for a while: no file of its grows."""
+        """For a process the disk is full for a while: none of its files grows."""
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
         unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
         threading.Timer(seconds, resource.prlimit, (pid, resource.RLIMIT_FSIZE, unlimited)).start()
 
     def end_host(self, pid: int) -> None:
         """All of Ray on this host ends at once, this keeper last."""
-        parent = os.getppid()
-        others = [found for found in children(parent) if found != os.getpid()]
-        for found in {pid, parent, *others}:
+        parent = psutil.Process(os.getppid())
+        for found in {pid, parent.pid, *(child.pid for child in parent.children())} - {os.getpid()}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(found, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def serve(self) -> None:
-        while True:
-            connection, _ = self.listener.accept()
-            threading.Thread(target=self.attend, args=(connection,), daemon=True, name="client").start()
-
-    def attend(self, connection: socket.socket) -> None:
-        """One client, until it closes."""
-        with connection, contextlib.suppress(OSError, ValueError, KeyError, MemoryError):
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            while head := wire.receive_head(connection):  # as long as it takes: the next step may be far
-                connection.settimeout(wire.TIMEOUT_S)
-                if not secrets.compare_digest(str(head.get("token")), self.address.token):
-                    return
-                self.used = time.monotonic()
-                if head["verb"] == "put":
-                    self.take(connection, head)
-                else:
-                    self.give(connection, head)
-                connection.settimeout(None)
-
-    def take(self, connection: socket.socket, head: dict[str, Any]) -> None:
-        memory = self.memory(head["key"], head["bytes"])
-        with memory.lock:
-            slot, view = slots.begin(memory.slots, head["step"])
-            wire.receive_into(connection, view)
-            notes = bytearray(head["notes"])
-            wire.receive_into(connection, memoryview(notes))
-            slots.commit(memory.slots, slot, head["step"], bytes(notes))
-        wire.send(connection, {})
-
-    def give(self, connection: socket.socket, head: dict[str, Any]) -> None:
-        memory = self.memories.get(head["key"])
-        if memory is None or head["step"] not in slots.held(memory.slots):
-            wire.send(connection, {"error": f"no step {head['step']} of {head['key']}"})
-            return
-        with memory.lock:
-            view = slots.share(memory.slots, slots.held(memory.slots)[head["step"]])
-            notes = slots.raw_notes(memory.slots, head["step"])
-            wire.send(connection, {"bytes": len(view), "notes": len(notes)}, view, notes)
-
     def expire(self, idle_s: float) -> None:
+        """Ends this process once nobody has called it or written to its memory for so long."""
         newest = 0.0
         while True:
-            time.sleep(min(FRESH_S, idle_s / 4))
-            with self.lock:
-                at = max((slots.progress(m.slots)[1] for m in self.memories.values()), default=0.0)
+            time.sleep(min(EXPIRY_CHECK_S, idle_s / 4))
+            with self.server.lock:
+                memories = list(self.server.memories.values())
+            at = max((slots.progress(memory.slots)[1] for memory in memories), default=0.0)
             if at > newest:
-                newest, self.used = at, time.monotonic()
-            if time.monotonic() - self.used > idle_s:
+                newest, self.server.used = at, time.monotonic()
+            if time.monotonic() - self.server.used > idle_s:
                 os._exit(0)
 
 
-def children(parent: int) -> list[int]:
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(int(stat.parent.name))
-    return found
-
-
-def whole(memory: Memory) -> tuple[tuple[int, int], ...]:
-    with memory.lock:
-        return tuple(sorted((step, slots.notes(memory.slots, step)["attempt"]) for step in slots.held(memory.slots)))
-
-
-def check_room(wanted_bytes: int) -> None:
-    """Raises MemoryError where so much memory would leave the host too little."""
-    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free_bytes = int(told["MemAvailable"].split()[0]) << 10
-    if wanted_bytes > MOST * free_bytes:
-        wanted, free = f"{wanted_bytes / 1e9:.1f} GB", f"{free_bytes / 1e9:.1f} GB"
-        raise MemoryError(f"snapshots need {wanted} of the {free} that are free on this host")
+def path_of(memory: Memory) -> str:
+    return f"/proc/{os.getpid()}/fd/{memory.descriptor}"
 
 
 def oom_kills() -> int:
-    """The kernel's count for this machine; where it is not told, for this control group; 0 where that is not either."""
+    """The kernel's count for this machine; where it has none, for this control group; else 0."""
     for path in ("/proc/vmstat", "/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
         with contextlib.suppress(OSError, ValueError):
             for line in Path(path).read_text().splitlines():

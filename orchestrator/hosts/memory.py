@@ -1,4 +1,4 @@
-"""The hosts' memories as one thing: a keeper on every host, what they hold together, and what all can go back to."""
+"""The memory of all hosts together: a keeper on each, the snapshots they hold, and the newest step in all of them."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,12 @@ from orchestrator.hosts.keeper import Held, Keeper
 from orchestrator.hosts.placement import Spot
 
 ASK_S = 1.0  # for keepers to answer; those of a dead machine never will
-THREADS = 4  # of a keeper: it answers the controller while a snapshot comes in
+THREADS = 4  # of a keeper, for calls of the controller; it receives snapshots in threads of its own
 
 
 @dataclass(frozen=True)
 class CommonStep:
-    """A step that all shares of the state can be had of."""
+    """A step of which every share of the state is in some host's memory."""
 
     step: int
     attempt: int  # that made it
@@ -27,18 +27,18 @@ class CommonStep:
 
 
 def namespace(run_id: str, created: float) -> str:
-    """Of one run's keepers in a Ray cluster that others use too."""
+    """Of one run's keepers, in a Ray cluster that other runs use too."""
     return f"gemma-{run_id}-{created:.0f}"
 
 
 def find(space: str) -> dict[str, Any]:
-    """The keepers of this run that live, by node id: those of an earlier controller, where the cluster lived on."""
-    there = [actor for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == space]
-    return {actor["name"]: ray.get_actor(actor["name"], space) for actor in there}
+    """The living keepers of this run, by node id: those of an earlier controller, where the cluster lived on."""
+    found = [actor for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == space]
+    return {actor["name"]: ray.get_actor(actor["name"], space) for actor in found}
 
 
 def make(space: str, spot: Spot, idle_s: float, metadata_host: str | None) -> Any:
-    """Asks for a keeper on a host; returns its handle at once. metadata_host: unless the environment names one."""
+    """Starts a keeper on a host; returns its handle at once. metadata_host: used where the environment names none."""
     actor = ray.remote(Keeper).options(
         name=spot.node_id,
         namespace=space,
@@ -91,40 +91,40 @@ def newest_common(
 
 
 def branches(events: Sequence[Mapping[str, Any]]) -> dict[int, int]:
-    """For each attempt the lowest step from which a later one went on: its steps beyond are of no history. Pure."""
+    """For each attempt the lowest step from which a later one went on: its later steps are no longer valid. Pure."""
     began = {e["attempt"]: e["step"] for e in events if e["event"] in ("restore", "initialise")}
     return {attempt: min([step for a, step in began.items() if a > attempt], default=2**62) for attempt in began}
 
 
 def buddies(keys: Sequence[str], slices: Sequence[str]) -> list[int | None]:
-    """Whose memory keeps a copy of each rank's share: in another slice where there are several. Pure.
+    """The rank whose memory keeps a copy of each rank's share: in another slice where there are several. Pure.
 
     None where a host of another replica holds the same bytes anyway, or where there is no other host.
     """
     count, holders = len(keys), Counter(keys)
-    shift = count // len(set(slices)) if len(set(slices)) > 1 else 1  # its like in the next slice, or its neighbour
+    shift = count // len(set(slices)) if len(set(slices)) > 1 else 1  # the same place in the next slice; its neighbour
     return [None if holders[key] > 1 or count == 1 else (rank + shift) % count for rank, key in enumerate(keys)]
 
 
 @dataclass
 class Attaching:
-    """Memory for every share is being made: asked for at once, taken up when it is there."""
+    """Memory for every share, requested from the keepers and not yet there."""
 
     addresses: list[Any]  # refs of Held
     paths: list[Any]  # refs of str
-    patience_s: float  # of the first look
+    patience_s: float  # that the first call of `ready` waits
 
     def ready(self) -> bool:
         refs = [*self.addresses, *self.paths]
-        there, _ = ray.wait(refs, num_returns=len(refs), timeout=self.patience_s)
+        done, _ = ray.wait(refs, num_returns=len(refs), timeout=self.patience_s)
         self.patience_s = 0.0
-        return len(there) == len(refs)
+        return len(done) == len(refs)
 
 
 def keep_arguments(
     attaching: Attaching, keys: Sequence[str], slices: Sequence[str], attempt: int
 ) -> list[tuple[Any, ...]]:
-    """Of the verb `keep`, for each rank. Raises RayError where a keeper has died."""
+    """The arguments of the verb `keep`, for each rank. Raises RayError where a keeper has died or has no room."""
     addresses: list[Address] = [held.address for held in ray.get(attaching.addresses)]
     return [
         (path, None if buddy is None else addresses[buddy], attempt)
@@ -133,7 +133,7 @@ def keep_arguments(
 
 
 def attach(keepers: Sequence[Any], keys: Sequence[str], share_bytes: int, patience_s: float) -> Attaching:
-    """Asks every keeper, in rank order, for memory."""
+    """Requests memory from every keeper, in rank order."""
     paths = [keeper.hold.remote(key, share_bytes) for keeper, key in zip(keepers, keys, strict=True)]
     return Attaching([keeper.inventory.remote() for keeper in keepers], paths, patience_s)
 

@@ -38,7 +38,7 @@ class Outcome(Enum):
     PEER_LOST = "peer lost"  # the collectives broke, nobody was seen to die
     BAD_INPUT = "bad input"  # the user's mistake, seen on a host
     CHECKPOINT = "checkpoint unreadable"
-    SNAPSHOT = "snapshot gone"  # a second host died while the state was being read from its memory
+    SNAPSHOT = "snapshot unusable"  # damaged, or a second host died while the state was being read from its memory
     DIVERGED = "diverged"  # updates that are not finite or spike, more than the guard allows
     ERROR = "error"  # an exception in the program
 
