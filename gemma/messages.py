@@ -15,6 +15,7 @@ class Restored:
     compile_cached: bool
     platform: str
     seconds: dict[str, float]  # by phase: data, compile, restore
+    eval_fingerprints: dict[str, str]  # of the tokens of each of eval.sets: all hosts must agree
     rows: tuple["Row", ...] = ()  # of steps before `step` that the controller may not have been told of
     evals: tuple["Evaluated", ...] = ()  # likewise
 
@@ -31,10 +32,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Mean held-out loss in nats after `step` steps, and the seconds it took."""
+    """Mean loss in nats of each held-out set after `step` steps, and the seconds it took."""
 
     step: int
-    loss: float
+    sets: tuple[tuple[str, float, float], ...]  # name, loss, targets; first the run's own split
     seconds: float
 
 
@@ -43,8 +44,8 @@ class Bad:
     """A step whose update was not applied: not finite, or a spike."""
 
     step: int  # counted as Row counts
-    batch: int  # index of the batch it trained on
-    ids: tuple[int, ...]  # the rows of the corpus in that batch
+    places: tuple[tuple[int, int], ...]  # of its rows in the order of training, each first..end-1: gemma.text.order
+    ids: tuple[int, ...]  # the same rows by their number in the corpus
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def apply(container: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
             raise ConfigError(f"{line}: a resumed run takes key=value only")
         if OmegaConf.select(config, key, default=Ellipsis) is Ellipsis:
             raise ConfigError(unknown_key(key))
-        if OmegaConf.is_dict(OmegaConf.select(config, key)):
+        if OmegaConf.is_dict(OmegaConf.select(config, key)) and key != "eval.sets":
             if not Path(CONF, key).is_dir() or not isinstance(override.value(), str):
                 raise ConfigError(f"{line}: {key} is a section; allowed is {key}.NAME=value")
             with initialize_config_dir(CONF, version_base="1.3"):

@@ -63,7 +63,7 @@ def program() -> Program:
             loss_chunk=8,
             init_from=None,
         ),
-        eval=Eval(every=0, batches=1),
+        eval=Eval(every=0, rows=8, sets=None),
         checkpoint=Checkpoint(
             every=0,
             every_minutes=0.0,

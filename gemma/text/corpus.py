@@ -7,6 +7,7 @@ import os
 import sysconfig
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -15,6 +16,11 @@ from gemma.config import ConfigError, Data, naming
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")  # each also with .gz
 SMALL_BYTES = 1 << 20  # what a check reads at most
 SKIPPED_DIRS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "node_modules"}
+
+
+def eval_set(data: Data, path: str) -> Data:
+    """How a set of eval.sets is read: as data.path is, and all of it held out."""
+    return replace(data, source="text", path=path, eval_fraction=0.0)
 
 
 def files(data: Data) -> list[Path]:
@@ -88,7 +94,7 @@ def jsonl(file: IO[str], path: Path, text_key: str) -> Iterator[str]:
         yield text
 
 
-def check(data: Data, rows: int) -> None:
+def check(data: Data, rows: int, setting: str = "data.path") -> None:
     """Refuses, within a moment, data that cannot train: nothing there, unreadable, without text, or far too little.
 
     rows: what a batch needs. A large corpus is read up to its first text; its deeper faults show when it is tokenised.

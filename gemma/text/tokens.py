@@ -60,7 +60,7 @@ def key(data: Data, files: list[Path]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 
-def open_tokens(data: Data, cache: Path, vocab: int) -> Tokens:
+def open_tokens(data: Data, cache: Path, vocab: int, setting: str = "data.path") -> Tokens:
     """The tokens of `data`, tokenised now if `cache` lacks them.
 
     Processes of one machine, or of a shared file system, do the work once: the others wait for its lock.
@@ -76,7 +76,12 @@ def open_tokens(data: Data, cache: Path, vocab: int) -> Tokens:
             if not folder.exists():
                 build(data, files, coder, folder)
     meta = dacite.from_dict(Meta, json.loads((folder / "meta.json").read_text()))
-    return Tokens(meta, *(np.memmap(folder / f"{split}.bin", meta.dtype, "r") for split in ("train", "eval")))
+    return Tokens(meta, *(flat(folder / f"{split}.bin", meta.dtype) for split in ("train", "eval")))
+
+
+def flat(path: Path, dtype: str) -> np.ndarray:
+    """An empty file cannot be mapped: eval.bin of a set that is not split."""
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 
 @contextmanager

@@ -23,8 +23,10 @@ from gemma.messages import Bad, Evaluated, Failed, Kept, Opened, Ran, Restored, 
 from gemma.model import load
 from gemma.model.sharding import make_mesh
 from gemma.plan import flops
+from gemma.text import order as orders
+from gemma.text.order import Order
 from gemma.text.tokens import open_tokens
-from gemma.train import aot, data
+from gemma.train import aot, data, held_out
 from gemma.train.step import TrainState, functions
 
 OVERLAPPED = 0.8  # of a step is still to be done on the devices when the host turns to the next batch
@@ -44,6 +46,7 @@ class Trainer:
         tokens = open_tokens(program.data, cache, program.model.vocab)
         self.meta = tokens.meta
         self.dataset = data.open_dataset(tokens, program.data, program.train.batch, program.train.seed)
+        self.eval_sets = held_out.open_sets(program, tokens, cache)
         started = self.lap("data", started)
         self.functions = functions(program, self.mesh)
         self.packing = dict(zip(("pack", "unpack"), snapshot.packing(self.functions.state, self.mesh), strict=True))
@@ -58,7 +61,7 @@ class Trainer:
         self.lap("compile", started)
         self.keeping: SnapshotWriter | None = None
         self.attempt = 0
-        self.skipped: tuple[int, ...] = ()
+        self.order = Order(((0, program.train.batch),))
         self.bad: list[Bad] = []  # of the window
         self.halted = False
         self.rows: list[Row] = []  # that the controller may not have been told of
@@ -91,16 +94,18 @@ class Trainer:
         return Opened(self.share.key, self.share.bytes)
 
     def restore(
-        self, step: int | None, source: Source | None = None, skipped: tuple[int, ...] = (), again: bool = False
+        self, step: int | None, source: Source | None = None, order: Order | None = None, again: bool = False
     ) -> Restored:
         """Stands ready at a step: of a snapshot where a source is given, else committed on disk; None initialises.
 
-        skipped: batches that are not used. again: what was saved beyond the step is of no history any more.
+        order: which rows the steps train on; None is a run that has known one batch and skipped nothing.
+        again: what was saved beyond the step is of no history any more.
         Raises CheckpointError rather than start afresh, SnapshotError where a snapshot is gone.
         """
         started = time.monotonic()
         self.rows, self.evals = [], []
-        self.skipped, self.bad, self.halted = skipped, [], False
+        self.order = order or Order(((0, self.program.train.batch),))
+        self.bad, self.halted = [], False
         self.state = None  # gone before the new one comes: there is no room for two
         if again:
             saving.drop_after(self.saver, step or 0)
@@ -122,6 +127,7 @@ class Trainer:
             compile_cached=self.cached,
             platform=jax.devices()[0].platform,
             seconds=dict(self.seconds),
+            eval_fingerprints=held_out.fingerprints(self.eval_sets),
             rows=tuple(self.rows),
             evals=tuple(self.evals),
         )
@@ -136,7 +142,7 @@ class Trainer:
         """The state out of host memory, and what was noted with it."""
         words, noted = snapshot.read(source, self.share, step)
         self.rows = [Row(**row) for row in noted["rows"]]
-        self.evals = [Evaluated(**found) for found in noted["evals"]]
+        self.evals = [Evaluated(**found) for found in noted["evals"]]  # their sets as lists: JSON has no tuples
         unpack, _ = self.compile("unpack", (self.flat,))
         state: TrainState = unpack(snapshot.placed(words, self.flat, self.mesh, self.share))
         jax.block_until_ready(state)
@@ -185,8 +191,8 @@ class Trainer:
             if self.halted:
                 break
             self.profile(step)
-            index, started = data.batch_index(step, self.skipped), time.monotonic()
-            tokens = data.place(self.functions.batch, partial(self.dataset.train_rows, index))
+            places, started = orders.places(self.order, step), time.monotonic()
+            tokens = data.place(self.functions.batch, partial(self.dataset.train_rows, places))
             hidden_s = OVERLAPPED * self.rows[-1].step_s if self.rows else math.inf
             data_s += max(0.0, time.monotonic() - started - hidden_s)
             self.state, metrics = self.train(self.state, tokens)
@@ -229,9 +235,8 @@ class Trainer:
 
     def note_bad_step(self, step: int) -> None:
         """Of a bad step: names its batch, and halts unless it may be passed over. Every host comes to the same."""
-        index = data.batch_index(step - 1, self.skipped)
-        ids = data.batch_ids(self.dataset, index) if jax.process_index() == 0 else []
-        self.bad.append(Bad(step, index, tuple(ids)))
+        places = orders.places(self.order, step - 1) if jax.process_index() == 0 else []
+        self.bad.append(Bad(step, orders.spans(self.order, step - 1), tuple(data.row_ids(self.dataset, places))))
         last = [row.metrics["ok"] for row in self.rows[-IN_A_ROW:]]
         in_a_row = len(last) == IN_A_ROW and not any(last)
         self.halted = self.program.guard.action != "skip" or in_a_row
@@ -252,19 +257,14 @@ class Trainer:
             self.tracing = False
 
     def evaluate(self, step: int) -> Evaluated:
-        """Over eval.batches held-out batches, always the same ones."""
+        """The loss of each held-out set, over the same rows every time."""
         assert self.state is not None
         started = time.monotonic()
         if self.eval is None:
             self.eval, _ = self.compile("eval", (self.functions.state.params, self.functions.batch))
-        total = count = 0.0
-        batches = min(self.program.eval.batches, -(-len(self.dataset.eval) // self.dataset.batch))
-        for index in range(batches):
-            tokens = data.place(self.functions.batch, partial(self.dataset.eval_rows, index))
-            loss, targets = self.eval(self.state.params, tokens)
-            total, count = total + float(loss), count + float(targets)
+        losses = held_out.losses(self.eval, self.state.params, self.functions.batch, self.eval_sets)
         self.ready = time.monotonic()
-        found = Evaluated(step, total / max(count, 1.0), self.ready - started)
+        found = Evaluated(step, losses, self.ready - started)
         self.evals.append(found)
         return found
 

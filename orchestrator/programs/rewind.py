@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from gemma.config import Guard
 from gemma.messages import Bad, Opened
+from gemma.text import order as orders
 from orchestrator.hosts import group as hosts
 from orchestrator.hosts import memory
 from orchestrator.hosts.fleet import Fleet
@@ -50,7 +51,7 @@ def rewind(pipeline: Pipeline, opened: Sequence[Opened], fleet: Fleet) -> None:
     assert bad is not None
     decision = decide(pipeline.config.guard, bad, report.bad_steps)
     if isinstance(decision, Stop):
-        message = f"{decision.reason}; batch {bad.batch}, rows {list(bad.ids)} of the corpus"
+        message = f"{decision.reason}; rows {list(bad.ids)} of the corpus"
         raise HostsFailedError([Evidence(0, exception="Diverged", message=message)])
     report.phase("restore", f"going back from step {bad.step}")
     held = memory.inventory(fleet.keepers)
@@ -62,17 +63,20 @@ def rewind(pipeline: Pipeline, opened: Sequence[Opened], fleet: Fleet) -> None:
         common = None
     step = common.step if common else saved
     if decision.without_batch:
-        report.event("skip_batch", bad.step, batch=bad.batch, ids=list(bad.ids))
+        report.event("skip_batch", bad.step, places=bad.places, ids=list(bad.ids))
     for later in [later for later in rundir.committed(folder) if later > (step or 0)]:
         report.event("set_aside", later, reason="beyond the step that the run went back to")
     recover.go_back(fleet, step or 0, pipeline.config.timeout.start_s)
     sources = [None] * len(opened) if common is None else recover.sources_of(common, held, group, opened)
-    skipped = rundir.skipped_batches(folder)
+    order = orders.recorded(rundir.events(folder), step or 0, pipeline.config.train.batch)
     call = hosts.call_each(
-        group, pipeline.config.timeout.restore_s, "restore", [(step, source, skipped, True) for source in sources]
+        group, pipeline.config.timeout.restore_s, "restore", [(step, source, order, True) for source in sources]
     )
     hosts.collect(call)
-    report.event("restore", step or 0, source="memory" if common else "disk" if step else "start")
+    report.order = order
+    report.event(
+        "restore", step or 0, source="memory" if common else "disk" if step else "start", batches=order.batches
+    )
     report.phase("step", "training")
     pipeline.step = step or 0
     saves.went_back(pipeline.saves, report, pipeline.step)

@@ -10,6 +10,7 @@ import ray
 from gemma.config import ConfigError
 from gemma.memory.wire import Source
 from gemma.messages import Opened, Restored
+from gemma.text import order as orders
 from orchestrator.chaos import chaos, faults
 from orchestrator.config import Config
 from orchestrator.hosts import fleet as fleets
@@ -46,11 +47,14 @@ def start(
     report.phase("start", where)
     go_back(fleet, step or 0, config.timeout.start_s)
     sources = [None] * len(opened) if common is None else sources_of(common, held, group, opened)
-    arguments = [(step, source, rundir.skipped_batches(folder)) for source in sources]
+    report.order = orders.recorded(rundir.events(folder), step or 0, config.train.batch)
+    arguments = [(step, source, report.order) for source in sources]
     call = hosts.call_each(group, config.timeout.restore_s, "restore", arguments)
     chaos.strike(planned, "restore", group, fleet, report)
     restored: list[Restored] = [told.value for told in hosts.collect(call, interrupt.asked)]
     same_text(folder, {answer.fingerprint for answer in restored}, config.resume.allow_data_change)
+    if any(answer.eval_fingerprints != restored[0].eval_fingerprints for answer in restored):
+        raise ConfigError("eval.sets: the hosts do not see the same text; give paths that all of them share")
     report.phase("step", "training")
     report.ready(restored[0], common.attempt if common else None, time.monotonic() - started)
     return opened
