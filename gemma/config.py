@@ -29,7 +29,7 @@ def naming(setting: str) -> Iterator[None]:
     """What the system says of a path that the user gave becomes a ConfigError that begins with `setting`."""
     try:
         yield
-    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+    except (OSError, ValueError, RuntimeError) as error:  # a path with a null byte; ~user who does not exist
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{setting}: {getattr(error, 'strerror', None) or error}") from error
@@ -76,17 +76,22 @@ class Model:
 @dataclass(frozen=True)
 class Data:
     source: Literal["stdlib", "text"]
-    path: str | None  # file, directory or glob; .txt, .md, .py, .jsonl, each also as .gz
+    path: str | None  # file, directory or glob; .txt .md .rst .py, .jsonl .ndjson, each also as .gz
     text_key: str  # the field of a jsonl line that holds the text
     tokenizer: str  # "byte", or the path of a SentencePiece model
     sequence: int
     eval_fraction: float  # of the documents, chosen by content hash, held out from training
+    max_document_mb: float  # 1e6 bytes, unpacked; a larger document is refused
 
     def __post_init__(self) -> None:
         require_at_least("data", {"sequence": self.sequence}, 2)
         require(
             0 <= self.eval_fraction < 0.5,
             f"data.eval_fraction={self.eval_fraction}: must lie between 0 and 0.5",
+        )
+        require(
+            0 < self.max_document_mb <= 1e6,
+            f"data.max_document_mb={self.max_document_mb}: must be above 0 and at most 1e6",
         )
         if self.source == "text":
             require(bool(self.path), "data.path: missing; data=text needs a file or directory, data.path=PATH")

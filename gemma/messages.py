@@ -16,6 +16,7 @@ class Restored:
     platform: str
     seconds: dict[str, float]  # by phase: data, compile, restore
     eval_fingerprints: dict[str, str]  # of the tokens of each of eval.sets: all hosts must agree
+    warnings: tuple[str, ...]  # for the user, about the text: one line each
     rows: tuple["Row", ...] = ()  # of steps before `step` that the controller may not have been told of
     evals: tuple["Evaluated", ...] = ()  # likewise
 

@@ -79,7 +79,8 @@ class Timeout:
     reserve_s: float  # slices are placed
     start_s: float  # host processes are up and have found each other
     check_s: float  # a host has looked at its chips; all chips have heard of each other
-    compile_s: float  # data and programs are ready
+    tokenize_s: float  # the text is tokenised, or found in the cache and checked
+    compile_s: float  # programs are ready
     restore_s: float
     step_s: float  # the first steps of an attempt; after that a hang is what takes far longer than the steps before
     hang_s: float  # but no stall shorter than this is one

@@ -39,7 +39,15 @@ def program() -> Program:
             rope_base=10000.0,
             norm_eps=1e-6,
         ),
-        data=Data(source="stdlib", path=None, text_key="text", tokenizer="byte", sequence=16, eval_fraction=0.1),
+        data=Data(
+            source="stdlib",
+            path=None,
+            text_key="text",
+            tokenizer="byte",
+            sequence=16,
+            eval_fraction=0.1,
+            max_document_mb=128,
+        ),
         mesh=Mesh(replica=1, fsdp=1, tensor=1),
         optim=Optim(
             lr=1e-2,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from gemma.config import ConfigError
-from gemma.text import tokens
 from gemma.text.order import Order, batch_at, places
+from gemma.text.token_cache import Meta, Tokens
 from gemma.train import data
 from tests.small_text import BATCH, SEQUENCE, config
 
@@ -20,8 +20,8 @@ PLAIN = Order(((0, BATCH),))
 def numbered(length: int, seed: int = 0, batch: int = BATCH) -> data.Dataset:
     """A dataset whose every token is its own position in the flat file."""
     flat = np.arange(length, dtype=np.uint32)
-    meta = tokens.Meta("uint32", length, length, 1, length, "")
-    return data.open_dataset(tokens.Tokens(meta, flat, flat), config(Path("unread")), batch, seed)
+    meta = Meta("uint32", length, length, 1, length, {})
+    return data.open_dataset(Tokens(meta, flat, flat), config(Path("unread")), batch, seed)
 
 
 def batch(dataset: data.Dataset, step: int, order: Order = PLAIN) -> np.ndarray:
@@ -77,7 +77,7 @@ def test_only_whole_rows_count(length: int, rows: int) -> None:
     assert len(data.Rows(np.arange(length), SEQUENCE)) == rows
 
 
-def test_tokens_are_int32(opened: tokens.Tokens) -> None:
+def test_tokens_are_int32(opened: Tokens) -> None:
     assert data.open_dataset(opened, config(Path("unread")), BATCH, 0).train_rows([0], 0, 1).dtype == np.int32
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from gemma.config import ConfigError, Eval, Mesh, Program
 from gemma.model.sharding import make_mesh
-from gemma.text import tokens
+from gemma.text import corpus
 from gemma.text.tokenizer import PAD
 from gemma.train import held_out
 from gemma.train.step import functions
@@ -30,19 +30,19 @@ def starts(one: held_out.EvalSet, batch: int) -> list[int]:
 
 
 def test_the_sample_is_the_same_for_every_batch() -> None:
-    one = held_out.sampled("x", numbered(SEQUENCE * 100 + 1), SEQUENCE, 20, "")
+    one = held_out.sampled("x", numbered(SEQUENCE * 100 + 1), SEQUENCE, 20)
     assert starts(one, 3) == starts(one, 8) == starts(one, 64)
     assert len(set(starts(one, 8))) == 20
 
 
 def test_the_sample_lies_over_the_whole_set() -> None:
-    drawn = starts(held_out.sampled("x", numbered(SEQUENCE * 1000 + 1), SEQUENCE, 100, ""), 8)
+    drawn = starts(held_out.sampled("x", numbered(SEQUENCE * 1000 + 1), SEQUENCE, 100), 8)
     quarters = np.bincount(np.array(drawn) // (SEQUENCE * 250), minlength=4)
     assert quarters.min() >= 15, quarters
 
 
 def test_a_set_smaller_than_the_sample_is_evaluated_whole_each_row_once() -> None:
-    drawn = starts(held_out.sampled("x", numbered(SEQUENCE * 10 + 1), SEQUENCE, 64, ""), 8)
+    drawn = starts(held_out.sampled("x", numbered(SEQUENCE * 10 + 1), SEQUENCE, 64), 8)
     assert sorted(drawn) == [1 + SEQUENCE * row for row in range(10)]
 
 
@@ -63,8 +63,8 @@ def judged(program: Program, root: Path, mesh: Mesh, batch: int) -> tuple[Any, .
         train=replace(program.train, batch=batch),
         eval=Eval(every=1, rows=13, sets={"other": str(root / "other.jsonl")}),
     )
-    opened = tokens.open_tokens(program.data, root / "cache", program.model.vocab)
-    sets = held_out.open_sets(program, opened, root / "cache")
+    texts = corpus.open_texts(program.data, program.eval, root / "cache", program.model.vocab)
+    sets = held_out.eval_sets(program, texts)
     made = functions(program, make_mesh(program.mesh))
     with jax.default_device(jax.devices()[0]):
         return held_out.losses(made.eval, made.init().params, made.batch, sets)
@@ -83,8 +83,9 @@ def test_a_set_without_a_row_is_refused_by_its_name(program: Program, small: Pat
     (tmp_path / "tiny.txt").write_text("tiny")
     program = replace(program, eval=Eval(every=1, rows=4, sets={"web": str(tmp_path / "tiny.txt")}))
     program = replace(program, data=config(small / "a.jsonl"))
-    opened = tokens.open_tokens(program.data, tmp_path / "cache", program.model.vocab)
+    texts = corpus.open_texts(program.data, program.eval, tmp_path / "cache", program.model.vocab)
     with pytest.raises(ConfigError, match=r"eval\.sets\.web=.*tiny\.txt: 6 tokens, less than one row"):
-        held_out.open_sets(program, opened, tmp_path / "cache")
+        held_out.eval_sets(program, texts)
+    short = replace(texts.own.tokens, eval=texts.own.tokens.eval[:SEQUENCE])
     with pytest.raises(ConfigError, match="data.path=.*16 held-out tokens.*data.eval_fraction=0.1"):
-        held_out.open_sets(program, replace(opened, eval=opened.eval[:SEQUENCE]), tmp_path / "cache")
+        held_out.eval_sets(program, replace(texts, own=replace(texts.own, tokens=short)))

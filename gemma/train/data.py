@@ -15,14 +15,14 @@ import jax
 import numpy as np
 
 from gemma.config import ConfigError, Data
-from gemma.text.tokens import Tokens
+from gemma.text.token_cache import Checked, Tokens
 
 
 @dataclass(frozen=True)
 class Rows:
     """Fixed-length windows over a flat token array."""
 
-    tokens: np.ndarray
+    tokens: np.ndarray | Checked
     sequence: int
 
     def __len__(self) -> int:

@@ -6,7 +6,6 @@ B batch, U = T + 1, T time. Without a Trainer, so that a checkpoint of any run c
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -14,9 +13,9 @@ import jax
 import numpy as np
 
 from gemma.config import OWN_SPLIT, ConfigError, Program
-from gemma.text.corpus import eval_set
+from gemma.text.corpus import Texts
+from gemma.text.token_cache import Checked
 from gemma.text.tokenizer import PAD
-from gemma.text.tokens import Tokens, open_tokens
 from gemma.train import data
 
 SEED = 0  # of every sample: never train.seed, so that runs are judged on the same rows
@@ -27,39 +26,34 @@ class EvalSet:
     name: str
     sample: grain.MapDataset  # rows of U tokens, in the fixed order in which they are drawn
     rows: int  # of the sample, from its start: what is evaluated
-    fingerprint: str  # of all tokens of the set
 
 
-def open_sets(program: Program, tokens: Tokens, cache: Path) -> list[EvalSet]:
+def eval_sets(program: Program, texts: Texts) -> list[EvalSet]:
     """The run's own held-out split, then eval.sets by name. Raises ConfigError where one has not a single row."""
     sequence, rows = program.data.sequence, program.eval.rows
-    if len(tokens.eval) <= sequence:
+    own = texts.own.tokens
+    if len(own.eval) <= sequence:
         raise ConfigError(
-            f"data.path={program.data.path}: {len(tokens.eval)} held-out tokens, less than one row of"
+            f"data.path={program.data.path}: {len(own.eval)} held-out tokens, less than one row of"
             f" data.sequence={sequence}; raise data.eval_fraction={program.data.eval_fraction} or give more text"
         )
-    found = [sampled(OWN_SPLIT, tokens.eval, sequence, rows, tokens.meta.fingerprint)]
-    for name, path in sorted((program.eval.sets or {}).items()):
-        setting = f"eval.sets.{name}"
-        other = open_tokens(eval_set(program.data, path), cache, program.model.vocab, setting)
-        if len(other.train) <= sequence:
+    found = [sampled(OWN_SPLIT, own.eval, sequence, rows)]
+    for name, text in texts.sets.items():
+        all_of_it = text.tokens.train
+        if len(all_of_it) <= sequence:
             raise ConfigError(
-                f"{setting}={path}: {len(other.train)} tokens, less than one row of data.sequence={sequence}"
+                f"{text.setting}={text.data.path}: {len(all_of_it)} tokens, less than one row of"
+                f" data.sequence={sequence}"
             )
-        found.append(sampled(name, other.train, sequence, rows, other.meta.fingerprint))
+        found.append(sampled(name, all_of_it, sequence, rows))
     return found
 
 
-def sampled(name: str, tokens: np.ndarray, sequence: int, rows: int, fingerprint: str) -> EvalSet:
+def sampled(name: str, tokens: np.ndarray | Checked, sequence: int, rows: int) -> EvalSet:
     """`rows` rows drawn over the whole of the tokens; all of them, each once, where there are no more."""
     source = data.Rows(tokens, sequence)
     drawn = grain.MapDataset.source(source).seed(SEED).shuffle()
-    return EvalSet(name, drawn, min(rows, len(source)), fingerprint)
-
-
-def fingerprints(sets: Sequence[EvalSet]) -> dict[str, str]:
-    """Of each of eval.sets, by name."""
-    return {one.name: one.fingerprint for one in sets if one.name != OWN_SPLIT}
+    return EvalSet(name, drawn, min(rows, len(source)))
 
 
 def batch_rows(one: EvalSet, first: int, start: int, stop: int) -> np.ndarray:

@@ -4,6 +4,7 @@ Every host calls every verb with the same arguments in the same order; that is w
 bare machine too: `Trainer(program, folder, cache)` in one process is the whole run without a controller.
 """
 
+import contextlib
 import itertools
 import math
 import time
@@ -23,9 +24,10 @@ from gemma.messages import Bad, Evaluated, Failed, Kept, Opened, Ran, Restored, 
 from gemma.model import load
 from gemma.model.sharding import make_mesh
 from gemma.plan import flops
+from gemma.text import corpus
 from gemma.text import order as orders
+from gemma.text.corpus import Texts
 from gemma.text.order import Order
-from gemma.text.tokens import open_tokens
 from gemma.train import aot, data, held_out
 from gemma.train.step import TrainState, functions
 
@@ -37,17 +39,21 @@ PACKINGS = 10  # timed before snapshots begin: the shortest is what one costs
 class Trainer:
     """Holds a host's share of the arrays between verbs."""
 
-    def __init__(self, program: Program, folder: Path, cache: Path):
-        """Compiles or loads the programs and opens the data. folder: the run directory, shared by all hosts."""
+    def __init__(self, program: Program, folder: Path, cache: Path, texts: Texts | None = None):
+        """Compiles or loads the programs. folder: the run directory, shared by all hosts. texts: None opens them."""
         self.program, self.folder, self.cache = program, folder, cache
         self.seconds: dict[str, float] = {}
         self.mesh = make_mesh(program.mesh)
         started = time.monotonic()
-        tokens = open_tokens(program.data, cache, program.model.vocab)
+        self.texts = texts or corpus.open_texts(program.data, program.eval, cache, program.model.vocab)
+        tokens = self.texts.own.tokens
         self.meta = tokens.meta
         self.dataset = data.open_dataset(tokens, program.data, program.train.batch, program.train.seed)
-        self.eval_sets = held_out.open_sets(program, tokens, cache)
-        started = self.lap("data", started)
+        self.eval_sets = held_out.eval_sets(program, self.texts)
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):  # a full disk does not stop a run
+                corpus.record(self.texts, folder / "data.json")
+        started = self.lap("data", started - texts.seconds if texts else started)
         self.functions = functions(program, self.mesh)
         self.packing = dict(zip(("pack", "unpack"), snapshot.packing(self.functions.state, self.mesh), strict=True))
         self.packing["sums"] = checksums.summing(self.functions.state, self.mesh)
@@ -127,7 +133,8 @@ class Trainer:
             compile_cached=self.cached,
             platform=jax.devices()[0].platform,
             seconds=dict(self.seconds),
-            eval_fingerprints=held_out.fingerprints(self.eval_sets),
+            eval_fingerprints={name: text.tokens.meta.fingerprint for name, text in self.texts.sets.items()},
+            warnings=corpus.warnings(self.texts),
             rows=tuple(self.rows),
             evals=tuple(self.evals),
         )

@@ -122,9 +122,16 @@ def join(group: Group, config: Config, stop: Callable[[], bool]) -> Group:
     return group
 
 
+def tokenise(group: Group, config: Config) -> Call:
+    """The hosts make the text ready; they wait for one another less long than they are waited for."""
+    timeout_s = config.timeout.tokenize_s
+    refs = [w.tokenise.remote(config.program, config.run.cache, 0.9 * timeout_s) for w in group.workers]
+    return Call("tokenising (timeout.tokenize_s)", tuple(refs), timeout_s, group.placement)
+
+
 def open_trainers(group: Group, config: Config, folder: Path) -> Call:
     refs = [w.open.remote(config.program, str(folder), config.run.cache) for w in group.workers]
-    return Call("data and compile", tuple(refs), config.timeout.compile_s, group.placement)
+    return Call("compile", tuple(refs), config.timeout.compile_s, group.placement)
 
 
 def call(group: Group, timeout_s: float, verb: str, *args: Any) -> Call:

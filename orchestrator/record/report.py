@@ -175,6 +175,8 @@ class Report:
         if self.incidents and self.incidents[-1].restart_s is None:
             self.restarted(facts.step, source)
         self.event(name, facts.step, facts.seconds.get("restore"), **evidence, batches=self.order.batches)
+        for said in facts.warnings if self.first_step_s is None else ():
+            self.screen.say(f"WARNING: {said}")
         if self.config.cluster.kind != "local" and facts.platform != "tpu":
             self.screen.say(f"the hosts have no TPU: they compute on {facts.platform}")
         self.wandb.log({"step": facts.step, "attempt": self.attempt, "restarts": self.ledger.restarts})

@@ -31,7 +31,9 @@ def start(
     config: Config, folder: Path, group: Group, fleet: Fleet, report: Report, interrupt: Interrupt, started: float
 ) -> list[Opened]:
     """Brings the hosts to the newest step that all can go on from: in memory, else on disk, else the beginning."""
-    report.phase("start", "loading data and compiling")
+    report.phase("start", "reading the text")
+    hosts.collect(hosts.tokenise(group, config), interrupt.asked)
+    report.phase("start", "compiling")
     planned = faults.plan(config.chaos, config.train.steps, len(group.workers))
     call = hosts.open_trainers(group, config, folder)
     chaos.strike(planned, "compile", group, fleet, report)

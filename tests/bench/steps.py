@@ -17,7 +17,15 @@ from gemma.train.step import functions
 def program(model: Model, *, batch: int, sequence: int, dtype: str, remat: str, loss_chunk: int) -> Program:
     return Program(
         model=model,
-        data=Data(source="stdlib", path=None, text_key="text", tokenizer="byte", sequence=sequence, eval_fraction=0.1),
+        data=Data(
+            source="stdlib",
+            path=None,
+            text_key="text",
+            tokenizer="byte",
+            sequence=sequence,
+            eval_fraction=0.1,
+            max_document_mb=128,
+        ),
         mesh=Mesh(replica=1, fsdp=1, tensor=1),
         optim=Optim(
             lr=3e-4,
