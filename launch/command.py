@@ -87,7 +87,9 @@ def one_line(error: Exception) -> str:
             group, _, choice = found.group(1).rpartition("/")
             return f"{group}={choice}: no such choice; allowed: {', '.join(found.group(2).split())}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not an override; allowed is key=value ({text.splitlines()[0]})"
+        key, equals, value = str(error.override).partition("=")
+        quoted = f"; a value with special characters is quoted: '{key}=\"{value}\"'" if equals and value else ""
+        return f"{error.override}: not an override; allowed is key=value{quoted} ({text.splitlines()[0]})"
     return " ".join(text.split())
 
 

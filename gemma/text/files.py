@@ -1,6 +1,7 @@
 """Which files a data config names, and which beside them are left out, and why. Plain Python."""
 
 import glob
+import itertools
 import os
 import sysconfig
 from collections import Counter
@@ -14,6 +15,7 @@ LINES = (".jsonl", ".ndjson")  # a document a line
 SUFFIXES = tuple(suffix + packed for suffix in (*WHOLE, *LINES) for packed in ("", ".gz"))
 READ = f"{', '.join((*WHOLE, *LINES))}, each also with .gz"
 MOST_NAMES = 1_000_000  # files and folders that are looked at
+TOO_MANY = f"more than {MOST_NAMES:,} files and folders; put many documents into one .jsonl file, one a line"
 NOT_A_CORPUS = ("/", "/proc", "/sys", "/dev")
 # Of the standard library alone: what is no library code, and what was installed beside it.
 SKIPPED_IN_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
@@ -65,7 +67,9 @@ def of_path(path: str, setting: str) -> Listing:
         found = walk(named, SUFFIXES)
         what = "no text in this directory"
     else:
-        matched = sorted(Path(name) for name in glob.iglob(str(named), recursive=True))
+        matched = sorted(map(Path, itertools.islice(glob.iglob(str(named), recursive=True), MOST_NAMES + 1)))
+        if len(matched) > MOST_NAMES:
+            raise ValueError(TOO_MANY)
         if not matched:
             raise ConfigError(f"{setting}={path}: no such file or directory")
         chosen = [one for one in matched if one.is_file() and is_read(one)]
@@ -104,10 +108,7 @@ def walk(root: Path, suffixes: tuple[str, ...], skipped: frozenset[str] = frozen
     for folder, dirs, names in os.walk(root, onerror=unreadable):
         names_seen += len(dirs) + len(names)
         if names_seen > MOST_NAMES:
-            raise ConfigError(
-                f"{root} holds more than {MOST_NAMES:,} files and folders; put many documents into one .jsonl file,"
-                " one a line"
-            )
+            raise ValueError(TOO_MANY)  # `naming` puts the setting in front
         entered = []
         for name in sorted(dirs):
             path = Path(folder, name)
