@@ -5,10 +5,13 @@ Every refusal is a `ConfigError` whose text is one line: the key, what came, wha
 """
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
+
+OWN_SPLIT = "held_out"  # the evaluation set that is the run's own held-out split
 
 
 class ConfigError(ValueError):
@@ -26,7 +29,7 @@ def naming(setting: str) -> Iterator[None]:
     """What the system says of a path that the user gave becomes a ConfigError that begins with `setting`."""
     try:
         yield
-    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+    except (OSError, ValueError, RuntimeError) as error:  # a path with a null byte; ~user who does not exist
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{setting}: {getattr(error, 'strerror', None) or error}") from error
@@ -73,17 +76,22 @@ class Model:
 @dataclass(frozen=True)
 class Data:
     source: Literal["stdlib", "text"]
-    path: str | None  # file, directory or glob; .txt, .md, .py, .jsonl, each also as .gz
+    path: str | None  # file, directory or glob; .txt .md .rst .py, .jsonl .ndjson, each also as .gz
     text_key: str  # the field of a jsonl line that holds the text
     tokenizer: str  # "byte", or the path of a SentencePiece model
     sequence: int
     eval_fraction: float  # of the documents, chosen by content hash, held out from training
+    max_document_mb: float  # 1e6 bytes, unpacked; a larger document is refused
 
     def __post_init__(self) -> None:
         require_at_least("data", {"sequence": self.sequence}, 2)
         require(
-            0 < self.eval_fraction < 0.5,
+            0 <= self.eval_fraction < 0.5,
             f"data.eval_fraction={self.eval_fraction}: must lie between 0 and 0.5",
+        )
+        require(
+            0 < self.max_document_mb <= 1e6,
+            f"data.max_document_mb={self.max_document_mb}: must be above 0 and at most 1e6",
         )
         if self.source == "text":
             require(bool(self.path), "data.path: missing; data=text needs a file or directory, data.path=PATH")
@@ -165,11 +173,18 @@ class Train:
 @dataclass(frozen=True)
 class Eval:
     every: int  # steps; 0 is off
-    batches: int
+    rows: int  # of each set, at most; the same ones whatever train.batch and the mesh are
+    sets: dict[str, str] | None  # name: path, read as data.path is; beside the run's own held-out split
 
     def __post_init__(self) -> None:
         require_at_least("eval", {"every": self.every}, 0)
-        require_at_least("eval", {"batches": self.batches}, 1)
+        require_at_least("eval", {"rows": self.rows}, 1)
+        for name, path in (self.sets or {}).items():
+            require(
+                bool(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name)) and name != OWN_SPLIT,
+                f"eval.sets.{name}: must be named by letters, digits, '-' and '_', at most 64, and not {OWN_SPLIT}",
+            )
+            require(bool(path), f"eval.sets.{name}=: empty; give a file, a directory or a glob")
 
 
 @dataclass(frozen=True)
@@ -300,6 +315,7 @@ def check(program: Program) -> None:
         data.sequence <= model.context,
         f"data.sequence={data.sequence}: {model.name} was made for at most {model.context} (model.context)",
     )
+    require(data.eval_fraction > 0, f"data.eval_fraction={data.eval_fraction}: must lie between 0 and 0.5")
     if program.profile.steps:
         first = program.profile.steps[0]
         require(

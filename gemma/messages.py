@@ -1,6 +1,6 @@
 """Messages from a host to its controller: plain values, no arrays, no JAX."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,9 @@ class Restored:
     platform: str
     seconds: dict[str, float]  # by phase: data, compile, restore
     steps: int  # the last one of the run; an evaluation's are its batches
+    eval_fingerprints: dict[str, str]  # of the tokens of each of eval.sets: all hosts must agree
+    warnings: tuple[str, ...]  # for the user, about the text: one line each
+    sets: dict[str, int] = field(default_factory=dict)  # of an evaluation: how many of its batches each set has
     rows: tuple["Row", ...] = ()  # of steps before `step` whose results may not have reached the controller
     evals: tuple["Evaluated", ...] = ()  # likewise
 
@@ -32,10 +35,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Mean held-out loss in nats after `step` steps, and the seconds it took."""
+    """Mean loss in nats of each held-out set after `step` steps, and the seconds it took."""
 
     step: int
-    loss: float
+    sets: tuple[tuple[str, float, float], ...]  # name, loss, targets; first the run's own split
     seconds: float
 
 
@@ -44,8 +47,8 @@ class Bad:
     """A step whose update was not applied: not finite, or a spike."""
 
     step: int  # counted as Row counts
-    batch: int  # index of the batch it trained on
-    ids: tuple[int, ...]  # the rows of the corpus in that batch
+    places: tuple[tuple[int, int], ...]  # of its rows in the order of training, each first..end-1: gemma.text.order
+    ids: tuple[int, ...]  # the same rows by their number in the corpus
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,9 @@ def one_line(error: Exception) -> str:
             group, _, choice = found.group(1).rpartition("/")
             return f"{group}={choice}: no such choice; allowed: {', '.join(found.group(2).split())}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not an override; allowed is key=value ({text.splitlines()[0]})"
+        key, equals, value = str(error.override).partition("=")
+        quoted = f"; a value with special characters is quoted: '{key}=\"{value}\"'" if equals and value else ""
+        return f"{error.override}: not an override; allowed is key=value{quoted} ({text.splitlines()[0]})"
     return " ".join(text.split())
 
 
@@ -136,7 +138,7 @@ def apply(container: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
             raise ConfigError(f"{line}: a resumed run takes key=value only")
         if OmegaConf.select(config, key, default=Ellipsis) is Ellipsis:
             raise ConfigError(unknown_key(key))
-        if OmegaConf.is_dict(OmegaConf.select(config, key)):
+        if OmegaConf.is_dict(OmegaConf.select(config, key)) and key != "eval.sets":
             if not Path(CONF, key).is_dir() or not isinstance(override.value(), str):
                 raise ConfigError(f"{line}: {key} is a section; allowed is {key}.NAME=value")
             with initialize_config_dir(CONF, version_base="1.3"):

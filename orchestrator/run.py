@@ -139,7 +139,9 @@ def open_programs(
     config: Config, folder: Path, group: Group, fleet: Fleet, report: Report, interrupt: Interrupt
 ) -> list[Opened]:
     """Every host's program, with its data and what it compiles."""
-    report.phase("start", "loading data and compiling")
+    report.phase("start", "reading the text")
+    hosts.collect(hosts.tokenise(group, config), interrupt.asked)
+    report.phase("start", "compiling")
     call = hosts.open_programs(group, config, folder)
     planned = faults.plan(config.chaos, config.train.steps, len(group.workers))
     chaos.strike(planned, "compile", group, fleet, report)

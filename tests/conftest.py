@@ -39,7 +39,15 @@ def program() -> Program:
             rope_base=10000.0,
             norm_eps=1e-6,
         ),
-        data=Data(source="stdlib", path=None, text_key="text", tokenizer="byte", sequence=16, eval_fraction=0.1),
+        data=Data(
+            source="stdlib",
+            path=None,
+            text_key="text",
+            tokenizer="byte",
+            sequence=16,
+            eval_fraction=0.1,
+            max_document_mb=128,
+        ),
         mesh=Mesh(replica=1, fsdp=1, tensor=1),
         optim=Optim(
             lr=1e-2,
@@ -63,7 +71,7 @@ def program() -> Program:
             loss_chunk=8,
             init_from=None,
         ),
-        eval=Eval(every=0, batches=1),
+        eval=Eval(every=0, rows=8, sets=None),
         checkpoint=Checkpoint(
             every=0,
             every_minutes=0.0,

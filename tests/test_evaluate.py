@@ -9,7 +9,7 @@ import pytest
 
 from gemma.config import Guard
 from gemma.messages import Bad
-from orchestrator.programs.evaluate import RESULT, answered, totals
+from orchestrator.programs.evaluate import RESULT, answered, by_set
 from orchestrator.programs.rewind import GoBack, Stop, decide_rewind, over_budget, since_last_good
 from orchestrator.programs.window import RECENT, Pace, deadline_of, learn
 from orchestrator.record import rundir
@@ -29,7 +29,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluation(root: Path, name: str, kills: list[int]) -> Path:
     """An evaluation whose ranks are killed, each once some more batches are answered."""
-    process = launch("evaluate", "run=trained", f"run.root={root}", f"run.id={name}", f"eval.batches={BATCHES}")
+    process = launch("evaluate", "run=trained", f"run.root={root}", f"run.id={name}", f"eval.rows={8 * BATCHES}")
     folder = root / name
     for count, rank in enumerate(kills, 1):
         wait_for_step(process, folder, 10 * count)
@@ -59,7 +59,7 @@ def test_killed_hosts_change_nothing_and_no_batch_is_computed_twice(root: Path) 
 
 
 def test_a_killed_controller_is_resumed_by_id(root: Path) -> None:
-    process = launch("evaluate", "run=trained", f"run.root={root}", "run.id=resumed", f"eval.batches={BATCHES}")
+    process = launch("evaluate", "run=trained", f"run.root={root}", "run.id=resumed", f"eval.rows={8 * BATCHES}")
     folder = root / "resumed"
     wait_for_step(process, folder, 10)
     os.killpg(process.pid, signal.SIGKILL)
@@ -79,9 +79,11 @@ def test_a_gap_in_the_answers_is_computed_again() -> None:
     assert answered({2: {}}) == 0
 
 
-def test_the_result_is_the_mean_over_targets_not_over_batches() -> None:
-    rows = {1: {"loss_sum": 30.0, "targets": 10.0}, 2: {"loss_sum": 2.0, "targets": 6.0}}
-    assert totals(rows, 2, 1.0)["loss"] == 2.0
+def test_the_result_is_the_mean_over_targets_of_each_set() -> None:
+    rows = {1: (30.0, 10.0), 2: (2.0, 6.0), 3: (8.0, 2.0)}
+    named = {step: {"loss_sum": loss_sum, "targets": targets} for step, (loss_sum, targets) in rows.items()}
+    found = by_set(named, {"held_out": 2, "other": 1})
+    assert found == {"held_out": {"loss": 2.0, "targets": 16.0}, "other": {"loss": 4.0, "targets": 2.0}}
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,7 @@ def test_the_budget_holds_whatever_is_done_about_a_bad_step(action: str) -> None
     scattered = list(range(10, 100, 10))  # nine, never two in a row
     assert over_budget(guard(action, 9), scattered) is None
     assert isinstance(over_budget(guard(action, 8), scattered), Stop)
-    assert isinstance(decide_rewind(guard(action, 8), Bad(90, 0, ()), scattered), Stop)
+    assert isinstance(decide_rewind(guard(action, 8), Bad(90, (), ()), scattered), Stop)
 
 
 def test_only_the_last_hundred_steps_count() -> None:
@@ -123,7 +125,7 @@ def test_only_the_last_hundred_steps_count() -> None:
 
 
 def test_the_first_of_the_bad_steps_in_a_row_is_blamed() -> None:
-    bad = [Bad(step, step + 1000, ()) for step in (117, 145, 146, 147)]
+    bad = [Bad(step, (), ()) for step in (117, 145, 146, 147)]
     assert since_last_good(bad).step == 145
     assert decide_rewind(guard("skip", 9), since_last_good(bad), [117, 145, 146, 147]) == GoBack(144, False)
 

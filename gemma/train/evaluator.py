@@ -5,6 +5,7 @@ has the same loss whenever it is computed, and nothing that was answered is comp
 """
 
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,32 +17,34 @@ from gemma.messages import Opened, Ran, Restored, Row
 from gemma.model import load
 from gemma.model.sharding import make_mesh
 from gemma.plan import flops
-from gemma.text.tokens import open_tokens
-from gemma.train import aot, data
+from gemma.text import corpus
+from gemma.text.corpus import Texts
+from gemma.train import aot, data, held_out
 from gemma.train.step import functions
+from gemma.train.trainer import built_from
 
 
 class Evaluator:
     """Holds a host's share of the weights between verbs."""
 
-    def __init__(self, program: Program, folder: Path, cache: Path):
-        """Opens the data and compiles or loads the program. folder: the run directory, shared by all hosts."""
+    def __init__(self, program: Program, folder: Path, cache: Path, texts: Texts | None = None):
+        """Compiles or loads the program. folder: the run directory, shared by all hosts. texts: None opens them."""
         assert program.evaluate is not None
         self.program, self.what = program, program.evaluate
         started = time.monotonic()
-        tokens = open_tokens(program.data, cache, program.model.vocab)
-        self.meta = tokens.meta
-        self.dataset = data.open_dataset(tokens, program.data, program.train.batch, program.train.seed)
+        self.texts = texts or corpus.open_texts(program.data, program.eval, cache, program.model.vocab)
+        self.sets = held_out.eval_sets(program, self.texts)
         opened = time.monotonic()
         self.functions = functions(program, make_mesh(program.mesh))
         self.abstract = self.functions.state.params
-        p, t = program, program.train
-        built_from = (p.model, p.mesh, p.data.sequence, t.batch, t.dtype, t.accumulation, t.remat, t.loss_chunk)
         arguments = (self.abstract, self.functions.batch)
-        self.eval, self.cached = aot.compiled("eval", self.functions.eval, arguments, built_from, cache)
+        self.eval, self.cached = aot.compiled(
+            "eval", self.functions.eval, arguments, built_from("eval", program), cache
+        )
         self.seconds = {"data": opened - started, "compile": time.monotonic() - opened}
         self.params: Any = None
-        self.batches = min(program.eval.batches, -(-len(self.dataset.eval) // self.dataset.batch))
+        size = program.train.batch
+        self.batches = [(one, first) for one in self.sets for first in range(0, one.rows, size)]
 
     def opened(self) -> Opened:
         return Opened(share_key="", share_bytes=0)
@@ -52,17 +55,21 @@ class Evaluator:
         if self.params is None:
             self.params = jax.block_until_ready(load.load_params(self.what.weights, self.abstract, self.what.step))
         self.seconds["restore"] = time.monotonic() - started
-        model, batch, sequence = self.program.model, self.dataset.batch, self.program.data.sequence
+        model, batch, sequence = self.program.model, self.program.train.batch, self.program.data.sequence
+        own = self.texts.own.tokens.meta
         return Restored(
             step=step,
             fresh=step == 0,
-            fingerprint=self.meta.fingerprint,
-            bytes_per_target=self.meta.bytes_per_target,
+            fingerprint=own.fingerprint,
+            bytes_per_target=own.bytes_per_target,
             step_flops=flops.step_flops(model, batch, sequence) // 3,  # forward only: the backward pass is twice that
             compile_cached=self.cached,
             platform=jax.devices()[0].platform,
             seconds=dict(self.seconds),
-            steps=self.batches,
+            steps=len(self.batches),
+            eval_fingerprints={name: text.tokens.meta.fingerprint for name, text in self.texts.sets.items()},
+            warnings=corpus.warnings(self.texts),
+            sets=Counter(one.name for one, _ in self.batches),
         )
 
     def run(self, first: int, last: int) -> Ran:
@@ -71,7 +78,8 @@ class Evaluator:
         flight: list[tuple[int, Any]] = []
         self.since = time.monotonic()
         for index in range(first, last):
-            tokens = data.place(self.functions.batch, partial(self.dataset.eval_rows, index))
+            one, row = self.batches[index]
+            tokens = data.place(self.functions.batch, partial(held_out.batch_rows, one, row))
             flight.append((index + 1, self.eval(self.params, tokens)))
             if len(flight) > 1:
                 rows.append(self.answered(*flight.pop(0)))

@@ -122,10 +122,17 @@ def join(group: Group, config: Config, stop: Callable[[], bool]) -> Group:
     return group
 
 
+def tokenise(group: Group, config: Config) -> Call:
+    """Has every host make the text ready. Hosts wait for one another for less time than the call may take."""
+    timeout_s = config.timeout.tokenize_s
+    refs = [w.tokenise.remote(config.program, config.run.cache, 0.9 * timeout_s) for w in group.workers]
+    return Call("tokenising (timeout.tokenize_s)", tuple(refs), timeout_s, group.placement)
+
+
 def open_programs(group: Group, config: Config, folder: Path) -> Call:
-    """Has every host open the program that the config names: its data, and what it compiles."""
+    """Has every host open the program that the config names, and compile what it needs."""
     refs = [w.open.remote(config.program, str(folder), config.run.cache) for w in group.workers]
-    return Call("data and compile", tuple(refs), config.timeout.compile_s, group.placement)
+    return Call("compile", tuple(refs), config.timeout.compile_s, group.placement)
 
 
 def call(group: Group, timeout_s: float, verb: str, *args: Any) -> Call:

@@ -26,6 +26,7 @@ from orchestrator.hosts.keeper import NOTICE
 from orchestrator.slices.topology import CHIPS_PER_HOST
 
 if TYPE_CHECKING:
+    from gemma.text.corpus import Texts
     from gemma.train.evaluator import Evaluator
     from gemma.train.trainer import Trainer
 
@@ -74,6 +75,7 @@ class Host:
         gc.set_threshold(GARBAGE)
         sys.setswitchinterval(SWITCH_S)
         self.program: Trainer | Evaluator | None = None
+        self.texts: Texts | None = None
         self.rank = 0
         self.notice: str | None = None
         self.spoilt = False
@@ -139,8 +141,18 @@ class Host:
         heard: tuple[int, ...] | Raised = caught(fitness.meet, Path(cache).expanduser())
         return heard
 
+    def tokenise(self, program: Program, cache: str, wait_s: float) -> Raised | None:
+        """Makes the text ready. wait_s: for another process that tokenises the same, at most."""
+        from gemma.text import corpus
+
+        def make() -> None:
+            folder, vocab = Path(cache).expanduser(), program.model.vocab
+            self.texts = corpus.open_texts(program.data, program.eval, folder, vocab, wait_s)
+
+        return caught(make)
+
     def open(self, program: Program, folder: str, cache: str) -> Any:
-        """Makes the data and the programs ready; Opened, or what was Raised."""
+        """Makes the programs ready; Opened, or what was Raised."""
         from gemma.train.evaluator import Evaluator
         from gemma.train.trainer import Trainer
 
@@ -149,7 +161,7 @@ class Host:
                 where = f"{Path(folder).parent} on host {self.rank} ({socket.gethostname()})"
                 raise ConfigError(f"run.root: {where} does not hold the run; give a directory that all hosts share")
             opens = Trainer if program.evaluate is None else Evaluator
-            self.program = opens(program, Path(folder), Path(cache).expanduser())
+            self.program = opens(program, Path(folder), Path(cache).expanduser(), self.texts)
             gc.freeze()
             return self.program.opened()
 

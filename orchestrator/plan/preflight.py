@@ -68,6 +68,8 @@ def check(config: Config) -> None:
 
             sources.check_model("evaluate.weights", config.evaluate.weights, config.model, config.evaluate.step)
         corpus.check(config.data, config.train.batch)
+        for name, path in (config.eval.sets or {}).items():
+            corpus.check(corpus.eval_set(config.data, path), 0, f"eval.sets.{name}")
         coder = tokenizer.load(config.data.tokenizer)
         if coder.vocab > config.model.vocab:
             raise ConfigError(

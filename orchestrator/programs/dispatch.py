@@ -144,7 +144,7 @@ def receive_steps(training: Training, ran: Ran) -> None:
 def diverged(training: Training, stop: Stop) -> HostsFailedError:
     """The run must stop: names the first of the bad steps in a row that it ends with."""
     bad = since_last_good(training.bad)
-    message = f"{stop.reason}; step {bad.step} trained on batch {bad.batch}, rows {list(bad.ids)} of the corpus"
+    message = f"{stop.reason}; step {bad.step} trained on rows {list(bad.ids)} of the corpus"
     return HostsFailedError([Evidence(0, exception="Diverged", message=message)])
 
 

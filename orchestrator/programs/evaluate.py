@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma.config import OWN_SPLIT
 from orchestrator.chaos import chaos, faults
 from orchestrator.exit import Exit
 from orchestrator.hosts import fleet as fleets
@@ -44,9 +45,11 @@ def evaluate(ready: ReadyHosts) -> Exit | Evidence:
         fleets.start_spares(ready.fleet)
     if pipeline.step < facts.steps:
         return left or Exit.STOPPED
-    found = totals(rundir.metrics(ready.folder), facts.steps, facts.bytes_per_target)
-    rundir.write_json(ready.folder / RESULT, found)
-    report.event("evaluated", facts.steps, **found)
+    found = by_set(rundir.metrics(ready.folder), facts.sets)
+    own = found[OWN_SPLIT]["loss"]
+    result: dict[str, Any] = {"loss": own, "bits_per_byte": report.bits_per_byte(own), "sets": found}
+    rundir.write_json(ready.folder / RESULT, result)
+    report.event("evaluated", facts.steps, **result)
     return Exit.FINISHED
 
 
@@ -58,13 +61,18 @@ def answered(rows: Mapping[int, Mapping[str, Any]]) -> int:
     return done
 
 
-def totals(rows: Mapping[int, Mapping[str, Any]], batches: int, bytes_per_target: float) -> dict[str, float]:
-    """The mean over all targets, in nats and in bits a byte of text. Pure. rows: of metrics.jsonl, by step."""
-    loss_sum = sum(rows[step]["loss_sum"] for step in range(1, batches + 1))
-    targets = sum(rows[step]["targets"] for step in range(1, batches + 1))
-    loss = loss_sum / max(targets, 1.0)
-    bits = loss / 0.6931471805599453 / bytes_per_target
-    return {"loss": loss, "bits_per_byte": bits, "targets": targets, "batches": batches}
+def by_set(rows: Mapping[int, Mapping[str, Any]], batches: Mapping[str, int]) -> dict[str, dict[str, float]]:
+    """The mean loss in nats over all targets of each set. Pure.
+
+    rows: of metrics.jsonl, by step. batches: how many steps each set has, in the order they were answered.
+    """
+    found, first = {}, 1
+    for name, count in batches.items():
+        steps = range(first, first + count)
+        loss_sum, targets = (sum(rows[step][key] for step in steps) for key in ("loss_sum", "targets"))
+        found[name] = {"loss": loss_sum / max(targets, 1.0), "targets": targets}
+        first += count
+    return found
 
 
 def evaluated(folder: Path) -> dict[str, Any] | None:

@@ -65,7 +65,7 @@ def rewind_hosts(training: Training) -> None:
         raise dispatch.diverged(training, decision)
     report.phase("restore", f"going back from step {bad.step}")
     if decision.without_batch:
-        report.event("skip_batch", bad.step, batch=bad.batch, ids=list(bad.ids))
+        report.event("skip_batch", bad.step, places=bad.places, ids=list(bad.ids))
     step = recover.go_back_to(ready, decision.step)
     report.phase("step", "training")
     training.pipeline.step = step

@@ -113,4 +113,5 @@ def evaluation_results(found: Mapping[str, Any] | None, rows: Mapping[int, Mappi
     if found is None:
         return [f"{len(rows)} batches answered"] if rows else []
     per_byte = f"{found['bits_per_byte']:.4f} bits per byte"
-    return [f"held-out loss {found['loss']:.6f}, {per_byte}, over {found['targets']:,.0f} targets"]
+    sets = [f"{name}: loss {one['loss']:.6f} over {one['targets']:,.0f} targets" for name, one in found["sets"].items()]
+    return [f"held-out loss {found['loss']:.6f}, {per_byte}", *sets]

@@ -9,6 +9,7 @@ from typing import Any
 
 from gemma.messages import Bad, Evaluated, Restored, Row
 from gemma.plan import v5p
+from gemma.text.order import Order, rows_before
 from orchestrator.config import Config
 from orchestrator.record import rundir
 from orchestrator.record.goodput import Ledger
@@ -68,6 +69,7 @@ class Report:
         self.newest_row: dict[str, Any] = {}
         self.struck_at: set[tuple[int, str]] = set()
         self.struck = {e["index"] for e in told if e["event"] == "chaos"}  # faults on purpose, done already
+        self.order = Order(((0, config.train.batch),))  # which rows the steps train on
         self.bad_steps = [e["step"] for e in told if e["event"] == "bad_step"]
         self.last_row_time = 0.0  # time.time() at which the newest step was done
         self.story = ""  # of the newest failure, in full
@@ -173,7 +175,9 @@ class Report:
         evidence["source"] = source
         if self.incidents and self.incidents[-1].restart_s is None:
             self.restarted(facts.step, source)
-        self.event(name, facts.step, facts.seconds.get("restore"), **evidence)
+        self.event(name, facts.step, facts.seconds.get("restore"), **evidence, batches=self.order.batches)
+        for said in facts.warnings if self.first_step_s is None else ():
+            self.screen.say(f"WARNING: {said}")
         if self.config.cluster.kind != "local" and facts.platform != "tpu":
             self.screen.say(f"the hosts have no TPU: they compute on {facts.platform}")
         self.wandb.log({"step": facts.step, "attempt": self.attempt, "restarts": self.ledger.restarts})
@@ -199,8 +203,8 @@ class Report:
         row = self.newest_row
         facts = {"loss": row["loss"], "grad_norm": row["grad_norm"]} if row.get("step") == bad.step else {}
         self.bad_steps.append(bad.step)
-        self.event("bad_step", bad.step, batch=bad.batch, ids=list(bad.ids), **facts)
-        self.screen.say(f"step {bad.step}: its update is not finite, or spikes; not applied (batch {bad.batch})")
+        self.event("bad_step", bad.step, places=bad.places, ids=list(bad.ids), **facts)
+        self.screen.say(f"step {bad.step}: its update is not finite, or spikes; not applied (its rows: events.jsonl)")
 
     def write_row(self, row: Row, attempt: int | None) -> None:
         last = self.incidents[-1] if self.incidents else None
@@ -226,7 +230,7 @@ class Report:
             "attempt": self.attempt,
             **metrics,
             "bits_per_byte": self.bits_per_byte(metrics["loss"]),
-            "tokens": row.step * per_step,
+            "tokens": rows_before(self.order, row.step) * config.data.sequence,
             "step_s": row.step_s,
             "time": row.time,
             "tokens_per_s": per_step / step_s,
@@ -240,9 +244,10 @@ class Report:
 
     def evaluated(self, found: Evaluated) -> None:
         self.ledger.move("step", "eval", found.seconds)
-        bits = self.bits_per_byte(found.loss)
-        self.event("eval", found.step, found.seconds, loss=found.loss, bits_per_byte=bits)
-        self.wandb.log(eval_row(found.step, found.loss, bits))
+        loss = found.sets[0][1]  # of the run's own split
+        bits, by_set = self.bits_per_byte(loss), {name: loss for name, loss, _ in found.sets}
+        self.event("eval", found.step, found.seconds, loss=loss, bits_per_byte=bits, sets=by_set)
+        self.wandb.log(eval_row(found.step, loss, bits, by_set))
         self.evaluated_step = found.step
 
     def saved(self, step: int, duration_s: float) -> None:

@@ -273,8 +273,3 @@ def driver(folder: Path) -> int | None:
                 if Path(os.readlink(descriptor)) == path:
                     return pid
     return None
-
-
-def skipped_batches(folder: Path) -> tuple[int, ...]:
-    """Indices of the batches that are never used, ascending."""
-    return tuple(sorted({event["batch"] for event in events(folder) if event["event"] == "skip_batch"}))

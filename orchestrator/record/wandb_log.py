@@ -32,8 +32,10 @@ def mode(config: Config) -> str:
     return "online" if os.environ.get("WANDB_API_KEY") or known else "offline"
 
 
-def eval_row(step: int, loss: float, bits_per_byte: float) -> dict[str, Any]:
-    return {"step": step, "eval/loss": loss, "eval/bits_per_byte": bits_per_byte}
+def eval_row(step: int, loss: float, bits_per_byte: float, sets: dict[str, float]) -> dict[str, Any]:
+    """loss: of the run's own held-out split. sets: the loss of each held-out set by its name."""
+    by_set = {f"eval/{name}/loss": value for name, value in sets.items()}
+    return {"step": step, "eval/loss": loss, "eval/bits_per_byte": bits_per_byte} | by_set
 
 
 class WandbLog:
@@ -67,7 +69,7 @@ class WandbLog:
                     known["loss"].add(step)
             for event in rundir.events(self.folder):
                 if event["event"] == "eval" and event["step"] not in known["eval/loss"]:
-                    run.log(eval_row(event["step"], event["loss"], event["bits_per_byte"]))
+                    run.log(eval_row(event["step"], event["loss"], event["bits_per_byte"], event["sets"]))
                     known["eval/loss"].add(event["step"])
             while (row := self.rows.get()) is not None:
                 once = next((name for name in ONCE_A_STEP if name in row), None)

@@ -11,6 +11,7 @@ import ray
 from gemma.config import ConfigError
 from gemma.memory.wire import Source
 from gemma.messages import Restored
+from gemma.text import order as orders
 from orchestrator.chaos import chaos, faults
 from orchestrator.hosts import fleet as fleets
 from orchestrator.hosts import group as hosts
@@ -40,8 +41,9 @@ def restore(ready: ReadyHosts) -> Restored:
     report.phase("start", where)
     drop_later_snapshots(fleet, step or 0, ready.config.timeout.start_s)
     sources = [None] * len(opened) if common is None else sources_of(common, held, ready)
-    skipped = rundir.skipped_batches(folder)
-    return stand_at(ready, [(step, source, skipped) for source in sources], common.attempt if common else None)
+    report.order = orders.recorded(rundir.events(folder), step or 0, ready.config.train.batch)
+    arguments = [(step, source, report.order) for source in sources]
+    return stand_at(ready, arguments, common.attempt if common else None)
 
 
 def stand_at(ready: ReadyHosts, arguments: Sequence[tuple[Any, ...]], snapshot_of: int | None) -> Restored:
@@ -55,6 +57,8 @@ def stand_at(ready: ReadyHosts, arguments: Sequence[tuple[Any, ...]], snapshot_o
     chaos.strike(planned, "restore", group, fleet, report)
     restored: list[Restored] = [result.value for result in hosts.collect(call, ready.interrupt.asked)]
     same_text(ready.folder, {one.fingerprint for one in restored}, config.resume.allow_data_change)
+    if any(one.eval_fingerprints != restored[0].eval_fingerprints for one in restored):
+        raise ConfigError("eval.sets: the hosts do not see the same text; give paths that all of them share")
     report.phase("step", "evaluating" if config.evaluate else "training")
     report.ready(restored[0], snapshot_of, time.monotonic() - ready.started)
     return restored[0]
@@ -73,10 +77,11 @@ def go_back_to(ready: ReadyHosts, limit: int) -> int:
         report.event("set_aside", later, reason="beyond the step that the run went back to")
     drop_later_snapshots(fleet, step, ready.config.timeout.start_s)
     sources = [None] * len(ready.opened) if common is None else sources_of(common, held, ready)
-    skipped = rundir.skipped_batches(folder)
-    arguments = [(step if common or step else None, source, skipped, True) for source in sources]
+    report.order = orders.recorded(rundir.events(folder), step, ready.config.train.batch)
+    arguments = [(step if common or step else None, source, report.order, True) for source in sources]
     hosts.collect(hosts.call_each(ready.group, ready.config.timeout.restore_s, "restore", arguments))
-    report.event("restore", step, source="memory" if common else "disk" if step else "start")
+    where = "memory" if common else "disk" if step else "start"
+    report.event("restore", step, source=where, batches=report.order.batches)
     return step
 
 

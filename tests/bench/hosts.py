@@ -108,7 +108,7 @@ def measure(root: Path, count: int, players: list[Any]) -> dict[str, float]:
     report = Report(config, folder, time.monotonic())
     report.begin_attempt()
     report.ledger.switch("step")
-    report.facts = Restored(0, True, "", 1.0, 1, True, "cpu", {}, 100000)
+    report.facts = Restored(0, True, "", 1.0, 1, True, "cpu", {}, 100000, {}, ())
     victim = ray.remote(Player).options(num_cpus=0).remote()
     players = [victim, *players]
     workers = [Played(victim if rank == count - 1 else players[1 + rank % PLAYERS], rank) for rank in range(count)]
