@@ -11,6 +11,7 @@ from orchestrator import config as configs
 from orchestrator.interrupt import Interrupt
 from orchestrator.plan import preflight
 from orchestrator.record import rundir, source
+from orchestrator.recovery import checkpoints
 from orchestrator.slices.cluster import dashboard_of
 
 USAGE = """Go on with a run from its newest checkpoint.
@@ -45,8 +46,8 @@ def work() -> int:
     config = configs.from_container(new)
     found = change.changes(configs.flatten(old), configs.flatten(new))
     change.refuse(found, config.resume.allow_data_change)
-    committed = rundir.committed(folder)
-    done = committed[-1] if committed else 0
+    committed = checkpoints.resumable(folder)
+    done = committed or 0
     if config.train.steps <= done:
         raise ConfigError(
             f"train.steps={config.train.steps}: run {folder.name} has done {done} already;"
@@ -57,7 +58,8 @@ def work() -> int:
     lock = rundir.lock(folder)  # refused here, before anything is written, where another process drives the run
     for item in found:
         print(f"resume: {item}")
-    print(f"resume: run {folder.name} from step {done} to {config.train.steps}", flush=True)
+    never = "" if committed else " (nothing had been saved yet)"
+    print(f"resume: run {folder.name} from step {done} to {config.train.steps}{never}", flush=True)
     code = source.source()
     attempt = rundir.Attempt("resume", overrides, time.time(), code.commit)
     resumed = replace(

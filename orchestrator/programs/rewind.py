@@ -67,11 +67,12 @@ def rewind(pipeline: Pipeline, opened: Sequence[Opened], fleet: Fleet) -> None:
         report.event("set_aside", later, reason="beyond the step that the run went back to")
     recover.go_back(fleet, step or 0, pipeline.config.timeout.start_s)
     sources = [None] * len(opened) if common is None else recover.sources_of(common, held, group, opened)
-    skipped = rundir.skipped_batches(folder)
+    skipped, report.restoring = rundir.skipped_batches(folder), None if common else saved
     call = hosts.call_each(
         group, pipeline.config.timeout.restore_s, "restore", [(step, source, skipped, True) for source in sources]
     )
     hosts.collect(call)
+    report.restoring = None
     report.event("restore", step or 0, source="memory" if common else "disk" if step else "start")
     report.phase("step", "training")
     pipeline.step = step or 0

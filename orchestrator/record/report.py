@@ -162,7 +162,7 @@ class Report:
 
         snapshot_of: the attempt whose snapshot they restored, if any. Its last results may not have been told yet.
         """
-        self.facts, self.step = facts, facts.step
+        self.facts, self.step, self.restoring = facts, facts.step, None
         for bucket, seconds in facts.seconds.items():
             self.ledger.move("start", bucket, seconds)
         self.event("compile", facts.step, facts.seconds.get("compile"), cached=facts.compile_cached)
