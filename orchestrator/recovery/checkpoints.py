@@ -55,7 +55,7 @@ def resumable(folder: Path) -> int | None:
 
 
 def history(events: Iterable[Mapping[str, Any]], kept: int) -> tuple[set[int], set[int]]:
-    """Of the `kept` newest commits the steps that must be on disk, and of all those that were set aside unreadable. Pure.
+    """The steps of the `kept` newest commits that must be on disk; of all commits, those set aside unreadable. Pure.
 
     What lay beyond a step that the run went back to is in neither: it is not of the run's history any more.
     """
