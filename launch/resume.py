@@ -20,6 +20,7 @@ USAGE = """Go on with a run from its newest checkpoint.
   python -m launch.resume run=ID train.steps=800          extend it
   python -m launch.resume run=ID mesh.fsdp=4 mesh.tensor=2   onto another mesh
   python -m launch.resume run=ID detach=true             a detached run, where it lies
+  python -m launch.train from=ID@STEP ...                a new run from there; this one stays as it is
 
   run       the run's id, or latest (required)
   run.root  where runs lie (default: runs)
@@ -40,6 +41,11 @@ def work() -> int:
         return resume_there(own, overrides)
     folder = rundir.find(own["run.root"], own["run"])
     manifest = rundir.read_manifest(folder)
+    if manifest.id != folder.name:
+        raise ConfigError(
+            f"run={folder.name}: {folder} is a copy of run {manifest.id}, or was renamed, and two runs of one id would"
+            f" mix; name it {manifest.id} again, or fork it: python -m launch.train from={folder}@latest"
+        )
     old = manifest.config | {"run": manifest.config["run"] | {"root": own["run.root"]}}
     old |= {"resume": {"allow_data_change": False}, "detach": False}
     new = apply(old, overrides)
