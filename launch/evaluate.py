@@ -50,16 +50,17 @@ def work() -> int:
         return run(config, folder, lock, interrupt, process_started())
 
 
-def of_run(own: dict[str, str], overrides: list[str]) -> tuple[Config, str]:
-    """A run's own config, but for what concerns its evaluation; and the run's id."""
+def of_run(own: dict[str, str], overrides: list[str]) -> tuple[Config, dict[str, Any]]:
+    """A run's own config, but for what concerns its evaluation; and the run's id and step."""
     folder = rundir.find(own["run.root"], own["run"]) if own["run"] != "latest" else newest_trained(own["run.root"])
     fresh, old = defaults([]), rundir.read_manifest(folder).config
     if old.get("evaluate"):
         raise ConfigError(f"run={folder.name}: is an evaluation itself; give the run that it evaluates")
     kept = {name: section for name, section in old.items() if name not in ("run", "chaos", "resume", "detach")}
-    container = fresh | kept | {"evaluate": {"weights": str(folder), "step": chosen(folder, own["step"])}}
+    step = chosen(folder, own["step"])
+    container = fresh | kept | {"evaluate": {"weights": str(folder), "step": step}}
     container["run"] = fresh["run"] | {"root": own["run.root"]}
-    return configs.from_container(apply(container, overrides)), folder.name
+    return configs.from_container(apply(container, overrides)), {"id": folder.name, "step": step}
 
 
 def of_weights(own: dict[str, str], overrides: list[str]) -> tuple[Config, None]:

@@ -11,6 +11,7 @@ from orchestrator import config as configs
 from orchestrator.interrupt import Interrupt
 from orchestrator.plan import preflight
 from orchestrator.record import rundir, source
+from orchestrator.recovery import checkpoints
 from orchestrator.slices.cluster import dashboard_of
 
 USAGE = """Go on with a run from its newest checkpoint.
@@ -19,6 +20,7 @@ USAGE = """Go on with a run from its newest checkpoint.
   python -m launch.resume run=ID train.steps=800          extend it
   python -m launch.resume run=ID mesh.fsdp=4 mesh.tensor=2   onto another mesh
   python -m launch.resume run=ID detach=true             a detached run, where it lies
+  python -m launch.train from=ID@STEP ...                a new run from there; this one stays as it is
 
   run       the run's id, or latest (required)
   run.root  where runs lie (default: runs)
@@ -39,14 +41,19 @@ def work() -> int:
         return resume_there(own, overrides)
     folder = rundir.find(own["run.root"], own["run"])
     manifest = rundir.read_manifest(folder)
+    if manifest.id != folder.name:
+        raise ConfigError(
+            f"run={folder.name}: {folder} is a copy of run {manifest.id}, or was renamed, and two runs of one id would"
+            f" mix; name it {manifest.id} again, or fork it: python -m launch.train from={folder}@latest"
+        )
     old = manifest.config | {"run": manifest.config["run"] | {"root": own["run.root"]}}
     old |= {"resume": {"allow_data_change": False}, "detach": False}
     new = apply(old, overrides)
     config = configs.from_container(new)
     found = change.changes(configs.flatten(old), configs.flatten(new))
     change.refuse(found, config.resume.allow_data_change)
-    committed = rundir.committed(folder)
-    done = committed[-1] if committed else 0
+    committed = checkpoints.resumable(folder) if config.evaluate is None else None
+    done = committed or 0
     if config.evaluate is None and config.train.steps <= done:
         raise ConfigError(
             f"train.steps={config.train.steps}: run {folder.name} has done {done} already;"
@@ -58,7 +65,8 @@ def work() -> int:
     for item in found:
         print(f"resume: {item}")
     if config.evaluate is None:
-        print(f"resume: run {folder.name} from step {done} to {config.train.steps}", flush=True)
+        never = "" if committed else " (nothing had been saved yet)"
+        print(f"resume: run {folder.name} from step {done} to {config.train.steps}{never}", flush=True)
     code = source.source()
     attempt = rundir.Attempt("resume", overrides, time.time(), code.commit)
     resumed = replace(

@@ -46,7 +46,7 @@ def test_it_finds_the_loss_that_training_found(root: Path) -> None:
     finish(launch("evaluate", "run=latest", f"run.root={root}", "run.id=as-trained"), 0)
     trained = [event for event in rundir.events(root / "trained") if event["event"] == "eval"][-1]
     assert found(root / "as-trained")["loss"] == trained["loss"]
-    assert rundir.read_manifest(root / "as-trained").parent == "trained"
+    assert rundir.read_manifest(root / "as-trained").parent == {"id": "trained", "step": 40}
 
 
 def test_killed_hosts_change_nothing_and_no_batch_is_computed_twice(root: Path) -> None:

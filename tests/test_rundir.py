@@ -213,5 +213,6 @@ def test_no_step_is_left_without_its_line_where_a_checkpoint_is_ahead_of_the_con
 
     for done in committed:
         (tmp_path / "checkpoints" / str(done)).mkdir(parents=True)
-    rundir.Appender(tmp_path / "metrics.jsonl").write({"step": reported})
+    rundir.Appender(tmp_path / "metrics.jsonl").write({"step": reported, "attempt": 1})
+    rundir.Appender(tmp_path / "events.jsonl").write({"event": "start", "attempt": 1, "step": 0})
     assert newest_checkpoint(tmp_path) == step

@@ -50,6 +50,12 @@ def places(order: Order, step: int) -> list[int]:
     return list(itertools.chain.from_iterable(range(*span) for span in spans(order, step)))
 
 
+def batch_of(events: Iterable[Mapping[str, Any]], step: int) -> int | None:
+    """How many rows the last of the first `step` steps trained on, by a run's events; None where they do not tell."""
+    known = [rows for event in events if "batches" in event for first, rows in event["batches"] if first < step]
+    return known[-1] if known else None
+
+
 def recorded(events: Iterable[Mapping[str, Any]], step: int, batch: int) -> Order:
     """The order of a run that goes on after `step` steps with `batch` rows a step.
 

@@ -4,6 +4,7 @@ import sys
 import time
 from dataclasses import asdict
 from importlib import metadata
+from typing import Any
 
 from orchestrator.config import Config
 from orchestrator.record.rundir import Attempt, Manifest
@@ -22,8 +23,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def new(config: Config, overrides: list[str], command: str = "train", parent: str | None = None) -> Manifest:
-    """Of a run that begins. parent: the run whose weights it takes."""
+def new(config: Config, overrides: list[str], command: str = "train", parent: dict[str, Any] | None = None) -> Manifest:
+    """Of a run that begins. parent: the id and step of the run whose weights it takes."""
     assert config.run.id is not None
     mesh, code = config.program.mesh, source()
     return Manifest(

@@ -164,7 +164,7 @@ class Report:
 
         snapshot_of: the attempt whose snapshot they restored, if any. Its last results may not have been told yet.
         """
-        self.facts, self.step = facts, facts.step
+        self.facts, self.step, self.restoring = facts, facts.step, None
         self.screen.expect(facts.steps)
         for bucket, seconds in facts.seconds.items():
             self.ledger.move("start", bucket, seconds)

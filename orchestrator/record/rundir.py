@@ -51,7 +51,7 @@ class Manifest:
     versions: dict[str, str]
     mesh: dict[str, int]  # filled
     wandb_id: str
-    parent: str | None
+    parent: dict[str, Any] | None  # of a fork: the id and step that it began from
     git_diff: str | None = None  # of the last attempt's working tree against that commit
 
 
@@ -111,11 +111,12 @@ def detached(folder: Path) -> Detached | None:
     return None
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
     """Whole or not at all: written beside, then renamed. Raises OSError where the disk does not take it."""
     partial = path.with_suffix(f".partial-{os.getpid()}")
     text = json.dumps(value, indent=2) + "\n"
     try:
+        partial.touch(mode)
         partial.write_text(text)
         partial.rename(path)
     except OSError:
@@ -136,7 +137,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Raises ConfigError where the disk does not take it: no run goes on without."""
     path = folder / "manifest.json"
     try:
-        write_json(path, asdict(manifest))
+        write_json(path, asdict(manifest), 0o600 if manifest.git_diff else 0o644)
     except OSError as error:
         raise ConfigError(f"run={folder.name}: cannot write {path} ({error.strerror})") from error
 

@@ -102,7 +102,7 @@ class WandbLog:
             dir=str(self.folder),
             mode=self.mode,  # type: ignore[arg-type]
             resume="allow" if self.mode == "online" else None,
-            config=asdict(config),
+            config=asdict(config) | {"parent": rundir.read_manifest(self.folder).parent},
             # The machine that trains is not the controller's: its own load would only mislead.
             settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, init_timeout=60),
         )

@@ -23,6 +23,8 @@ from orchestrator.hosts.memory import CommonStep
 from orchestrator.hosts.ready import ReadyHosts
 from orchestrator.record import rundir
 from orchestrator.record.report import Report
+from orchestrator.recovery import checkpoints
+from orchestrator.recovery.checkpoints import UNREADABLE, LostError
 from orchestrator.recovery.outcome import Evidence, Outcome, classify
 from orchestrator.recovery.policy import Failure
 
@@ -79,7 +81,9 @@ def go_back_to(ready: ReadyHosts, limit: int) -> int:
     sources = [None] * len(ready.opened) if common is None else sources_of(common, held, ready)
     report.order = orders.recorded(rundir.events(folder), step, ready.config.train.batch)
     arguments = [(step if common or step else None, source, report.order, True) for source in sources]
+    report.restoring = None if common else saved
     hosts.collect(hosts.call_each(ready.group, ready.config.timeout.restore_s, "restore", arguments))
+    report.restoring = None
     where = "memory" if common else "disk" if step else "start"
     report.event("restore", step, source=where, batches=report.order.batches)
     return step
@@ -121,21 +125,11 @@ def same_text(folder: Path, prints: set[str], allow_change: bool) -> None:
 
 
 def newest_checkpoint(folder: Path) -> int | None:
-    """The step to go on from. Fails closed: what was committed once must still be there.
-
-    Hosts run ahead of the controller: where it died, a checkpoint may lie beyond the last step it wrote down. An
-    earlier one is taken then, so that every step has its line; the steps done again are the same to the bit.
-    """
-    found = rundir.committed(folder)
-    events = rundir.events(folder)
-    aside = {event["step"] for event in events if event["event"] == "set_aside"}
-    announced = [event["step"] for event in events if event["event"] == "commit" and event["step"] not in aside]
-    if announced and (not found or found[-1] < max(announced)):
-        missing = folder / "checkpoints" / str(max(announced))
-        message = f"{missing} was committed and is gone; the run does not start afresh by itself"
-        raise HostsFailedError([Evidence(0, exception="CheckpointError", message=message)])
-    reported = max(rundir.metrics(folder), default=0)
-    return max([step for step in found if step <= reported] or found, default=None)
+    """The step to go on from. Raises HostsFailedError where what was committed is gone."""
+    try:
+        return checkpoints.newest(folder)
+    except LostError as lost:
+        raise HostsFailedError([Evidence(0, exception="LostError", message=str(lost))]) from lost
 
 
 def diagnose(folder: Path, failed: HostsFailedError, group: Group, fleet: Fleet, report: Report) -> Failure:
@@ -153,7 +147,7 @@ def diagnose(folder: Path, failed: HostsFailedError, group: Group, fleet: Fleet,
     nodes = [spot.node_id for spot in group.placement.spots]
     common = memory.newest_common(fleet.keys, nodes, held, memory.branches(rundir.events(folder)))
     done = max([report.newest, *(one.done for one in held.values())])
-    others = set_aside(folder, report) if outcome is Outcome.CHECKPOINT else 0
+    left = set_aside(folder, report) if outcome is Outcome.CHECKPOINT else 0
     answered = [report.newest] if report.config.evaluate else []
     restorable = [*rundir.committed(folder), *([common.step] if common else []), *answered]
     told = tell(evidence, kernel)
@@ -162,7 +156,7 @@ def diagnose(folder: Path, failed: HostsFailedError, group: Group, fleet: Fleet,
     report.failed(outcome.value, cause, done, path)
     frames = [line.strip() for line in cause.traceback.splitlines() if line.lstrip().startswith("File ")]
     signature = " | ".join([outcome.value, cause.exception or "", cause.crash.partition("\n")[0], *frames[-1:]])
-    return Failure(outcome, signature, done, max(restorable, default=None), others)
+    return Failure(outcome, signature, done, max(restorable, default=None), left)
 
 
 def moved(cause: Evidence, fleet: Fleet, report: Report) -> Failure:
@@ -191,12 +185,19 @@ def tell(evidence: list[Evidence], kernel: dict[int, str]) -> str:
 
 
 def set_aside(folder: Path, report: Report) -> int:
-    """Renames the checkpoint that could not be read: the one before is the newest now. Returns how many are left."""
-    step = report.restoring
-    if step is not None:
-        path = folder / "checkpoints" / str(step)
-        aside = path.with_name(f"{step}.unreadable-{report.attempt}")
+    """Renames the checkpoint that could not be read, so that the one before is the newest. Returns how many are
+    left; 0 also where nothing could be renamed, since the same would be tried again for ever.
+    """
+    step, report.restoring = report.restoring, None
+    if step is None:
+        return 0
+    path = folder / "checkpoints" / str(step)
+    aside = path.with_name(f"{step}{UNREADABLE}{report.attempt}")
+    try:
         path.rename(aside)
-        report.event("set_aside", step, path=str(aside))
-        report.screen.say(f"checkpoint {path} cannot be read; kept as {aside}")
+    except OSError as error:
+        report.screen.say(f"checkpoint {path} cannot be read, nor renamed ({error.strerror})")
+        return 0
+    report.event("set_aside", step, path=str(aside))
+    report.screen.say(f"checkpoint {path} cannot be read; kept as {aside}")
     return len(rundir.committed(folder))
