@@ -1,6 +1,5 @@
 """python -m launch.plan key=value ...: whether a run fits its slices and how fast it can be, without any TPU."""
 
-import json
 import signal
 import sys
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from gemma.config import ConfigError
 from launch.command import CONF, arguments, main
 from orchestrator import config as configs
 from orchestrator.plan import ahead, plan, search
+from orchestrator.record.jsonfile import dumps
 
 USAGE = """Compile the train step for TPU v5p on a machine without TPUs: does it fit, how fast can it be.
 
@@ -55,7 +55,7 @@ def work() -> int:
             print(f"plan: {error}", file=sys.stderr)
             return 2
     if own["output"] == "json":
-        print(json.dumps(as_json(found), indent=2))
+        print(dumps(as_json(found), indent=2))
     else:
         show(found)
     return 0 if found[0].fits else 2

@@ -52,7 +52,7 @@ def places(order: Order, step: int) -> list[int]:
 
 def batch_of(events: Iterable[Mapping[str, Any]], step: int) -> int | None:
     """How many rows the last of the first `step` steps trained on, by a run's events; None where they do not tell."""
-    known = [rows for event in events if "batches" in event for first, rows in event["batches"] if first < step]
+    known = [rows for event in events if event.get("batches") for first, rows in event["batches"] if first < step]
     return known[-1] if known else None
 
 
@@ -65,7 +65,7 @@ def recorded(events: Iterable[Mapping[str, Any]], step: int, batch: int) -> Orde
     batches: list[tuple[int, int]] = []
     skipped: set[Span] = set()
     for event in events:
-        if "batches" in event:
+        if event.get("batches"):
             batches = [(first, rows) for first, rows in event["batches"] if first < step]
         if event.get("event") == "skip_batch":
             skipped |= {(first, end) for first, end in event["places"]}

@@ -1,7 +1,6 @@
 """What a run directory tells of a run, in the form the report page draws it. Reads only; trusts no value."""
 
 import bisect
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 from orchestrator.page.timeline import Stretch, stretches
 from orchestrator.record import rundir
+from orchestrator.record.jsonfile import read_object
 from orchestrator.recovery.incident import Incident
 
 ENDS = {"finish": "finished", "stop": "stopped", "give_up": "gave up", "refuse": "refused"}
@@ -75,7 +75,7 @@ def read(folder: Path, state: str, now: float) -> History:
     events = [
         e for e in rundir.read_lines(folder / "events.jsonl") if isinstance(e, dict) and number(e.get("time")) > 0
     ]
-    goodput = read_goodput(folder / "goodput.json")
+    goodput = read_object(folder / "goodput.json") or {}
     incidents = read_incidents(goodput, events)
     told = [e for e in events if e.get("event") == "eval"]
     evals = {e.step: e for e in (Eval(whole(t.get("step")), number(t.get("loss")), bits(t)) for t in told)}
@@ -97,14 +97,6 @@ def read_rows(path: Path) -> list[Row]:
         step_s, when = number(row.get("step_s")), number(row.get("time"))
         found.append(Row(int(row["step"]), attempt, loss, bits(row), speed, step_s, when, ok))
     return found
-
-
-def read_goodput(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def read_incidents(goodput: dict[str, Any], events: Sequence[dict[str, Any]]) -> list[Incident]:

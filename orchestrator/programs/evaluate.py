@@ -4,8 +4,6 @@ A killed host costs the batches in flight. What is answered is never computed ag
 the sums are added in the order of the batches: the result is the same to the bit, whatever happened on the way.
 """
 
-import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from orchestrator.hosts.ready import ReadyHosts
 from orchestrator.programs import pipeline as pipelines
 from orchestrator.programs.pipeline import Pipeline
 from orchestrator.record import rundir
+from orchestrator.record.jsonfile import read_object
 from orchestrator.recovery import recover
 from orchestrator.recovery.outcome import Evidence
 
@@ -77,7 +76,4 @@ def by_set(rows: Mapping[int, Mapping[str, Any]], batches: Mapping[str, int]) ->
 
 def evaluated(folder: Path) -> dict[str, Any] | None:
     """What a finished evaluation found."""
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads((folder / RESULT).read_text())
-        return found if isinstance(found, dict) else None
-    return None
+    return read_object(folder / RESULT)

@@ -73,6 +73,11 @@ class Screen:
             sys.stderr.flush()
 
 
+def shown(value: float | None, digits: int) -> str:
+    """A value of metrics.jsonl, where null is a number that was not finite."""
+    return "not finite" if value is None else f"{value:.{digits}f}"
+
+
 def summary(
     folder: Path,
     how: str,
@@ -103,8 +108,8 @@ def training_results(rows: Mapping[int, Mapping[str, Any]]) -> list[str]:
         return []
     first, last = rows[min(rows)], rows[max(rows)]
     return [
-        f"step {last['step']}: loss {first['loss']:.4f} -> {last['loss']:.4f},"
-        f" bits per byte {first['bits_per_byte']:.3f} -> {last['bits_per_byte']:.3f}"
+        f"step {last['step']}: loss {shown(first.get('loss'), 4)} -> {shown(last.get('loss'), 4)},"
+        f" bits per byte {shown(first.get('bits_per_byte'), 3)} -> {shown(last.get('bits_per_byte'), 3)}"
     ]
 
 

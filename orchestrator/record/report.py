@@ -1,6 +1,5 @@
 """Everything a run writes down: metrics, events, goodput, wandb, the screen. One writer, the controller."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -49,9 +48,8 @@ class Report:
         """commanded: the time.monotonic() at which the user asked."""
         self.config, self.folder, self.commanded = config, folder, commanded
         self.ledger = Ledger()
-        earlier = folder / "goodput.json"
-        if earlier.exists():
-            self.ledger.carry(json.loads(earlier.read_text()))
+        if earlier := rundir.goodput(folder):
+            self.ledger.carry(earlier)
         self.metrics_file = rundir.Appender(folder / "metrics.jsonl")
         self.events_file = rundir.Appender(folder / "events.jsonl")
         self.screen = Screen()
@@ -137,7 +135,7 @@ class Report:
         self.screen.say(f"{outcome}: rank {cause.rank} at step {done}: {said[:200]}{where}")
         if outcome == "error" and cause.traceback:
             self.screen.say(cause.traceback.rstrip())
-        self.story = story.read_text() if story and story.exists() else ""
+        self.story = story.read_text(errors="replace") if story and story.exists() else ""
 
     def decided(self, decision: Restart | GiveUp) -> None:
         name = type(decision).__name__
