@@ -179,6 +179,8 @@ def start_keepers(fleet: Fleet, group: Group) -> None:
 def kill(fleet: Fleet, group: Group) -> None:
     """Ends the processes of an attempt: by their hosts' keepers at once, even a stopped one, and by Ray."""
     fleet.predecessors |= group.by_node
+    if not has_head(fleet):
+        return  # the provider ends all processes: Ray's calls would wait in vain
     for node, pid in group.by_node.items():
         if node in fleet.keepers:
             fleet.keepers[node].signal.remote(pid, signal.SIGKILL)
@@ -211,8 +213,18 @@ def managed(config: Config, folder: Path, lease: Lease) -> Iterator[Fleet]:
     try:
         yield fleet
     finally:
-        hosts.stop(fleet.spares.values())
-        if not fleet.needed:
-            memory.end(fleet.keepers)
-        if fleet.placement is not None:
-            placement.release(fleet.placement)
+        if has_head(fleet):
+            hosts.stop(fleet.spares.values())
+            if not fleet.needed:
+                memory.end(fleet.keepers)
+            if fleet.placement is not None:
+                placement.release(fleet.placement)
+
+
+def has_head(fleet: Fleet) -> bool:
+    """Whether the Ray cluster still has its head, as far as the provider knows."""
+    try:
+        fleet.lease.check_head()
+    except NoSlicesError:
+        return False
+    return True
