@@ -146,6 +146,7 @@ def can_shrink(config: Config, count: int) -> bool:
 def reason_to_leave(fleet: Fleet) -> Evidence | None:
     """Why the run should move on at the next step boundary: a host is drained, or a lost slice is back."""
     assert fleet.placement is not None
+    fleet.lease.check_head()
     fleet.lease.news()
     wanted = fleet.config.cluster.num_slices
     going = placement.draining()

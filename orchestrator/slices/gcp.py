@@ -67,7 +67,8 @@ def api(gcp: Gcp) -> Api:
     """Raises ConfigError where there are no credentials, or no project."""
     if gcp.endpoint is not None:
         channel = grpc.insecure_channel(gcp.endpoint, options=[("grpc.enable_http_proxy", 0)])
-        return reached(Api(tpu.TpuClient(transport=TpuGrpcTransport(channel=channel)), gcp.project or "emulated"))
+        client = tpu.TpuClient(transport=TpuGrpcTransport(host=gcp.endpoint, channel=channel))
+        return reached(Api(client, gcp.project or "emulated"))
     try:
         credentials, project = default_credentials(scopes=[SCOPE])
     except GoogleAuthError as error:
@@ -94,7 +95,7 @@ def reached(api: Api) -> Api:
 def refusal(error: Exception) -> RefusedError:
     """What an error of the client means."""
     message = " ".join(str(getattr(error, "message", "") or error).split())
-    if isinstance(error, TROUBLE):
+    if isinstance(error, TROUBLE) and not isinstance(error, exceptions.MethodNotImplemented):  # not this API
         return RefusedError("trouble", f"{type(error).__name__}: {message}")
     if isinstance(error, exceptions.TooManyRequests | exceptions.FailedPrecondition):  # RESOURCE_EXHAUSTED is the first
         return RefusedError(shortage(message), message)
