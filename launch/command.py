@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gemma.config import ConfigError
 from orchestrator.config import unknown_key
 from orchestrator.exit import Exit
+from orchestrator.slices.environment import bypass_proxy
 
 TOP = str(Path(__file__).parents[1])
 CONF = str(Path(TOP, "conf"))
@@ -41,6 +42,7 @@ def main(name: str, work: Callable[[], int]) -> None:
     """Runs a command's work and exits: its code, or 1 with one line for a mistake of the user's."""
     # Hydra prints its errors over many lines; asked for all, it raises them, and they are told here in one.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    bypass_proxy()
     try:
         code = work()
     except MISTAKES as error:

@@ -87,9 +87,12 @@ def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt, wo
             providers.connect(config, report.provided, interrupt.asked) as lease,
             fleets.managed(config, folder, lease) as fleet,
         ):
+            interrupt.check = lease.check_head
             return attempt(config, folder, fleet, report, interrupt, work)
     except WAITED_IN_VAIN as early:
         return left_waiting(early, report)
+    finally:
+        interrupt.check = lambda: None
 
 
 def attempt(config: Config, folder: Path, fleet: Fleet, report: Report, interrupt: Interrupt, work: Work) -> Exit:
@@ -124,6 +127,7 @@ def attempt(config: Config, folder: Path, fleet: Fleet, report: Report, interrup
         except HostsFailedError as failed:
             report.phase("down", "a host failed")
             assert group is not None
+            fleet.lease.check_head()
             history.append(recover.diagnose(folder, failed, group, fleet, report))
             decision = decide(history, config.retry.budget)
             report.decided(decision)

@@ -146,6 +146,7 @@ def can_shrink(config: Config, count: int) -> bool:
 def reason_to_leave(fleet: Fleet) -> Evidence | None:
     """Why the run should move on at the next step boundary: a host is drained, or a lost slice is back."""
     assert fleet.placement is not None
+    fleet.lease.check_head()
     fleet.lease.news()
     wanted = fleet.config.cluster.num_slices
     going = placement.draining()
@@ -179,6 +180,8 @@ def start_keepers(fleet: Fleet, group: Group) -> None:
 def kill(fleet: Fleet, group: Group) -> None:
     """Ends the processes of an attempt: through their keepers, which reach even a stopped process, and through Ray."""
     fleet.predecessors |= group.by_node
+    if not has_head(fleet):
+        return  # the provider ends all processes: Ray's calls would wait in vain
     for node, pid in group.by_node.items():
         if node in fleet.keepers:
             fleet.keepers[node].signal.remote(pid, signal.SIGKILL)
@@ -211,8 +214,18 @@ def managed(config: Config, folder: Path, lease: Lease) -> Iterator[Fleet]:
     try:
         yield fleet
     finally:
-        hosts.stop(fleet.spares.values())
-        if not fleet.needed:
-            memory.end(fleet.keepers)
-        if fleet.placement is not None:
-            placement.release(fleet.placement)
+        if has_head(fleet):
+            hosts.stop(fleet.spares.values())
+            if not fleet.needed:
+                memory.end(fleet.keepers)
+            if fleet.placement is not None:
+                placement.release(fleet.placement)
+
+
+def has_head(fleet: Fleet) -> bool:
+    """Whether the Ray cluster still has its head, as far as the provider knows."""
+    try:
+        fleet.lease.check_head()
+    except NoSlicesError:
+        return False
+    return True

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from gemma.config import ConfigError, Program
 from gemma.messages import ChipFacts, Failed, Opened
 from orchestrator.hosts.keeper import NOTICE
+from orchestrator.slices.environment import unwanted
 from orchestrator.slices.topology import CHIPS_PER_HOST
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ class Host:
 
     def __init__(self) -> None:
         """Imports everything heavy, and touches no chip: another process may have them."""
+        for name in unwanted(os.environ):
+            del os.environ[name]
         if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*"):
             os.environ["JAX_PLATFORMS"] = "cpu"
         import gemma.train.trainer  # noqa: F401 - takes seconds, while other hosts are being started or are training

@@ -17,6 +17,7 @@ from gemma.config import ConfigError, naming
 from gemma.plan.compile_ahead import Job
 from gemma.versions import packages, source_digest
 from orchestrator.config import Config
+from orchestrator.slices.environment import inherited
 
 POLL_S = 0.2
 Tell = Callable[[str, float], None]  # what is being compiled, and for how many seconds
@@ -74,7 +75,12 @@ def compiled(config: Config, log: Path, tell: Tell) -> str:
         log.open("wb") as said,
         log.with_suffix(".out").open("w+b") as out,
         subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=out, stderr=said, cwd=Path(__file__).parents[2]
+            command,
+            stdin=subprocess.PIPE,
+            stdout=out,
+            stderr=said,
+            cwd=Path(__file__).parents[2],
+            env=inherited(os.environ),
         ) as process,
     ):
         try:

@@ -41,8 +41,8 @@ def check(config: Config) -> None:
     if config.cluster.gcp is not None:
         from orchestrator.slices import gcp, head, startup  # half a second that other runs do not pay
 
-        gcp.api(config.cluster.gcp)
         startup.script(config.cluster.gcp)
+        gcp.api(config.cluster.gcp)
         head.check(config.cluster, config.cluster.gcp)
     if config.cluster.gke is not None:
         from orchestrator.slices import kube

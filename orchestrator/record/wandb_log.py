@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gemma.config import ConfigError
 from orchestrator.config import Config
 from orchestrator.record import rundir, wandb_spool
 
@@ -36,6 +37,13 @@ def eval_row(step: int, loss: float, bits_per_byte: float, sets: dict[str, float
     """loss: of the run's own held-out split. sets: the loss of each held-out set by its name."""
     by_set = {f"eval/{name}/loss": value for name, value in sets.items()}
     return {"step": step, "eval/loss": loss, "eval/bits_per_byte": bits_per_byte} | by_set
+
+
+def parent_of(folder: Path) -> dict[str, Any] | None:
+    """The run and step that this one began from, if any."""
+    with contextlib.suppress(ConfigError):
+        return rundir.read_manifest(folder).parent
+    return None
 
 
 class WandbLog:
@@ -102,7 +110,7 @@ class WandbLog:
             dir=str(self.folder),
             mode=self.mode,  # type: ignore[arg-type]
             resume="allow" if self.mode == "online" else None,
-            config=asdict(config) | {"parent": rundir.read_manifest(self.folder).parent},
+            config=asdict(config) | {"parent": parent_of(self.folder)},
             # The machine that trains is not the controller's: its own load would only mislead.
             settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, init_timeout=60),
         )
