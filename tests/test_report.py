@@ -159,10 +159,9 @@ def damaged(folder: Path) -> Path:
     incidents = [incident(1) | dict.fromkeys(incident(1), value) for value in odd]
     spent = {"step": 3.0} | {str(index): value for index, value in enumerate(odd)}
     told(folder, rows, events, wall_s=[1], goodput="x", restarts=odd, buckets=spent, incidents=incidents)
-    found = json.loads((folder / "manifest.json").read_text())
-    found["config"] |= {"train": "x", "cluster": [1], "data": None, "model": 3}
-    found |= {"mesh": [1], "versions": "x", "created": 1e308, "parent": {"a": 1}}
-    found["attempts"][0] |= {"time": "x", "overrides": [1, None]}
+    found = json.loads((folder / "manifest.json").read_text())  # mistyped itself, it is refused: test_damaged_files
+    found["config"] |= {"data": None, "optim": [1], "mesh": 3}
+    found |= {"mesh": {"a": [1]}, "created": 1e308, "parent": {"a": 1}}
     (folder / "manifest.json").write_text(json.dumps(found))
     return folder
 
@@ -279,7 +278,8 @@ def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
     assert "49" not in re.findall(r"<title>(.*)</title>", content)[0]
     shown = HOSTILE.replace("\x00", "\ufffd")
     assert shown.split("\ud800")[0] in tags.text
-    assert HOSTILE in {phase[2] for phase in tags.drawn()["time"]["phases"]}
+    read = HOSTILE.replace("\ud800", "?")  # as jsonfile reads a lone surrogate
+    assert read in {phase[2] for phase in tags.drawn()["time"]["phases"]}
     assert tags.inside["script"][1:] == Tags(page_of(calm)).inside["script"][1:]
     content.encode()
 
