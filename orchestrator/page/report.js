@@ -134,7 +134,7 @@
       height, sync: {}, points: false, range: [-most * 1.06 * shared / (1 - shared), most * 1.06],
       series: [{ stroke: () => colour("kept"), width: 1.5, paths: uPlot.paths.stepped({ align: 1 }),
         points: { show: false } }],
-      x: { incrs: [0.001, 0.01, 0.1, ...SECONDS], values: (u, splits) => splits.map(duration) },
+      x: { space: 90, incrs: [0.001, 0.01, 0.1, ...SECONDS], values: (u, splits) => splits.map(duration) },
       y: { incrs: [1, 2, 5].flatMap(n => [...Array(15).keys()].map(power => n * 10 ** power)).sort((a, b) => a - b),
         values: (u, splits) => splits.map(value => value < 0 ? "" : short(value)) },
       under: () => {},
