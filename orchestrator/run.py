@@ -11,6 +11,7 @@ from typing import IO
 
 from gemma.config import ConfigError
 from gemma.messages import Opened
+from orchestrator import change
 from orchestrator import config as configs
 from orchestrator.chaos import chaos, faults
 from orchestrator.config import Config
@@ -69,8 +70,10 @@ def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, comma
     interrupt.closing = True
     goodput = report.close()
     command = resume_command(config, folder, f" train.steps={2 * config.train.steps}" if code is Exit.FINISHED else "")
+    extending = change.extending(config.optim, config.train.steps) if code is Exit.FINISHED else None
     with contextlib.suppress(OSError):  # a full disk, or nobody who reads
-        print(summary(folder, HOW[code], rundir.metrics(folder), goodput, report.first_step_s, command), flush=True)
+        rows = rundir.metrics(folder)
+        print(summary(folder, HOW[code], rows, goodput, report.first_step_s, command, extending), flush=True)
     lock.close()
     return code
 

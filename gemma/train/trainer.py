@@ -80,9 +80,9 @@ class Trainer:
         spikes = (p.guard.spike_sigmas, p.guard.warmup)
         built_from = {
             "init": (p.model, p.mesh, p.train.seed),
-            "train": (p.model, p.mesh, p.data.sequence, *train, p.optim, p.train.steps, *spikes),
+            "train": (p.model, p.mesh, p.data.sequence, *train, p.optim, *spikes),
             "eval": (p.model, p.mesh, p.data.sequence, *train),
-            **dict.fromkeys(("pack", "unpack", "sums", "copy"), (p.model, p.mesh, p.optim, p.train.steps)),
+            **dict.fromkeys(("pack", "unpack", "sums", "copy"), (p.model, p.mesh, p.optim)),
         }
         jitted = self.packing[name] if name in self.packing else getattr(self.functions, name)
         return aot.compiled(name, jitted, args, built_from[name], self.cache)
