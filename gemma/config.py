@@ -124,8 +124,12 @@ class Mesh:
 @dataclass(frozen=True)
 class Optim:
     lr: float
-    schedule: Literal["cosine", "constant", "linear"]
+    schedule: Literal["cosine", "linear", "wsd", "constant"]
     warmup_steps: int
+    decay_steps: (
+        int | None
+    )  # the step, warm-up and all, from which the rate stays final; null: train.steps at the start
+    wsd_decay_steps: int | None  # of wsd, the last so many steps before decay_steps decay; 0 never, null: a tenth
     final_lr_ratio: float  # the schedule ends at lr * final_lr_ratio
     beta1: float
     beta2: float
@@ -139,6 +143,17 @@ class Optim:
         require_at_least("optim", {"warmup_steps": self.warmup_steps, "weight_decay": self.weight_decay}, 0)
         for key in ("beta1", "beta2"):
             require(0 <= getattr(self, key) < 1, f"optim.{key}={getattr(self, key)}: must be at least 0 and below 1")
+        decay, wsd, warmup = self.decay_steps, self.wsd_decay_steps, self.warmup_steps
+        require(warmup < 2**31 - 1, f"optim.warmup_steps={warmup}: must be below 2**31 - 1")
+        require(
+            decay is None or warmup < decay < 2**31,
+            f"optim.decay_steps={decay}: must be above optim.warmup_steps={warmup} and below 2**31, or null",
+        )
+        most = 2**31 - 1 if decay is None else decay - warmup
+        require(
+            wsd is None or 0 <= wsd <= most,
+            f"optim.wsd_decay_steps={wsd}: must lie in 0..{most} (optim.decay_steps - optim.warmup_steps), or be null",
+        )
         require(0 <= self.final_lr_ratio <= 1, f"optim.final_lr_ratio={self.final_lr_ratio}: must lie in 0..1")
         require(
             self.clip_norm is None or self.clip_norm > 0,

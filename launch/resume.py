@@ -17,7 +17,8 @@ from orchestrator.slices.cluster import dashboard_of
 USAGE = """Go on with a run from its newest checkpoint.
 
   python -m launch.resume run=latest
-  python -m launch.resume run=ID train.steps=800          extend it
+  python -m launch.resume run=ID train.steps=800          extend it; the learning rate's schedule stays as it was
+  python -m launch.resume run=ID train.steps=800 optim.decay_steps=800   extend it and its schedule
   python -m launch.resume run=ID mesh.fsdp=4 mesh.tensor=2   onto another mesh
   python -m launch.resume run=ID detach=true             a detached run, where it lies
   python -m launch.train from=ID@STEP ...                a new run from there; this one stays as it is
@@ -27,8 +28,9 @@ USAGE = """Go on with a run from its newest checkpoint.
   detach    true: the controller is a job on the head of the Ray cluster (default: false)
   cluster.dashboard   HOST:PORT of it, or cluster.address; not needed where the run was submitted from
 
-Overrides are classified and printed: safe (more steps, logging), resharding (mesh, cluster), changing the data order
-(data, train.seed, train.batch: refused unless resume.allow_data_change=true), forbidden (model)."""
+Overrides are classified and printed: safe (more steps, logging), resharding (mesh, cluster), changing the training from
+here on (optim, guard), changing the data order (data, train.seed, train.batch: refused unless
+resume.allow_data_change=true), forbidden (model). So is the learning rate: before and after them, and at the end."""
 
 
 def work() -> int:
@@ -49,7 +51,8 @@ def work() -> int:
     old = manifest.config | {"run": manifest.config["run"] | {"root": own["run.root"]}}
     old |= {"resume": {"allow_data_change": False}, "detach": False}
     new = apply(old, overrides)
-    config = configs.from_container(new)
+    config, former = configs.from_container(new), configs.from_container(old)
+    new |= {"optim": asdict(config.optim)}  # lengths of the schedule that were null are numbers now
     found = change.changes(configs.flatten(old), configs.flatten(new))
     change.refuse(found, config.resume.allow_data_change)
     committed = checkpoints.resumable(folder) if config.evaluate is None else None
@@ -66,6 +69,7 @@ def work() -> int:
         print(f"resume: {item}")
     if config.evaluate is None:
         never = "" if committed else " (nothing had been saved yet)"
+        print(f"resume: {change.rates(former.optim, config.optim, done, config.train.steps)}")
         print(f"resume: run {folder.name} from step {done} to {config.train.steps}{never}", flush=True)
     code = source.source()
     attempt = rundir.Attempt("resume", overrides, time.time(), code.commit)

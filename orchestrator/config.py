@@ -27,6 +27,7 @@ from gemma.config import (
     require,
     require_at_least,
 )
+from gemma.schedule import resolved
 from orchestrator.chaos.faults import Chaos
 from orchestrator.slices.cluster import NAME, Cluster
 from orchestrator.slices.topology import Slice, slice_type
@@ -225,7 +226,8 @@ def crossed(container: Mapping[str, Any]) -> Config:
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}={value}: must be finite")
     try:
-        return dacite.from_dict(Config, container, dacite.Config(strict=True, cast=[tuple]))
+        config = dacite.from_dict(Config, container, dacite.Config(strict=True, cast=[tuple]))
+        return replace(config, optim=resolved(config.optim, config.train.steps))
     except dacite.MissingValueError as error:
         raise ConfigError(f"{error.field_path}: missing") from error
     except dacite.WrongTypeError as error:

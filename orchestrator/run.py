@@ -11,6 +11,7 @@ from typing import IO
 
 from gemma.config import ConfigError
 from gemma.messages import Opened
+from orchestrator import change
 from orchestrator import config as configs
 from orchestrator.chaos import chaos, faults
 from orchestrator.config import Config
@@ -64,10 +65,12 @@ def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, comma
         code = Exit.GAVE_UP
     interrupt.closing = True
     goodput = report.close()
-    more = f" train.steps={2 * config.train.steps}" if code is Exit.FINISHED and not config.evaluate else ""
-    command = resume_command(config, folder, more)
+    trained = code is Exit.FINISHED and config.evaluate is None
+    command = resume_command(config, folder, f" train.steps={2 * config.train.steps}" if trained else "")
+    extending = change.extending(config.optim, config.train.steps) if trained else None
     with contextlib.suppress(OSError):  # a full disk, or nobody who reads
-        print(summary(folder, HOW[code], results(config, folder), goodput, report.first_step_s, command), flush=True)
+        found = results(config, folder)
+        print(summary(folder, HOW[code], found, goodput, report.first_step_s, command, extending), flush=True)
     lock.close()
     return code
 

@@ -53,6 +53,8 @@ def program() -> Program:
             lr=1e-2,
             schedule="cosine",
             warmup_steps=2,
+            decay_steps=10,
+            wsd_decay_steps=None,
             final_lr_ratio=0.1,
             beta1=0.9,
             beta2=0.95,

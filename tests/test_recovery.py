@@ -144,9 +144,10 @@ def test_sigkill_of_the_controller_leaves_no_process_and_resume_ends_bitwise_the
 
 
 def test_resume_extends_a_finished_run(undisturbed: Path, root: Path) -> None:
-    finish(launch("train", f"run.root={root}", "run.id=short", *SMALL, "optim.schedule=constant"), 0)
+    finish(launch("train", f"run.root={root}", "run.id=short", *SMALL), 0)
     out = finish(launch("resume", "run=short", f"run.root={root}", "train.steps=50"), 0)
     assert "train.steps: 40 -> 50 (safe)" in out
+    assert "learning rate of step 41: 0.0003 as before; of step 50, the last: 0.0003" in out
     assert sorted(losses(root / "short")) == list(range(1, 51))
 
 

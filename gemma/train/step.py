@@ -48,7 +48,7 @@ class Functions:
 def functions(program: Program, mesh: jax.sharding.Mesh) -> Functions:
     """Builds the programs for one mesh. Nothing is compiled and no memory is taken."""
     train = program.train
-    tx = optim.optimizer(program.optim, train.steps)
+    tx = optim.optimizer(program.optim)
     platform = mesh.devices.flat[0].platform  # of the mesh, not of this process: the plan compiles for TPUs on a CPU
     create = partial(Gemma, program.model, dtype=train.dtype, remat=train.remat, platform=platform)
     abstract = nnx.eval_shape(lambda: create(rngs=nnx.Rngs(0)))
@@ -182,7 +182,7 @@ def update(
     params = optax.apply_updates(state.params, updates)
     good = guard.is_good(program.guard, state.guard, loss, grad_norm)
     # Of what is applied: the schedule goes by the updates made, so a skipped one uses up no part of it.
-    rate = optim.schedule(program.optim, program.train.steps)(optim.updates_made(state.opt_state))
+    rate = optim.schedule(program.optim)(optim.updates_made(state.opt_state))
     metrics = {
         "loss": loss,
         "grad_norm": grad_norm,

@@ -43,9 +43,9 @@ def built_from(name: str, program: Program) -> tuple[Any, ...]:
     spikes = (p.guard.spike_sigmas, p.guard.warmup)
     return {
         "init": (p.model, p.mesh, p.train.seed),
-        "train": (p.model, p.mesh, p.data.sequence, *train, p.optim, p.train.steps, *spikes),
+        "train": (p.model, p.mesh, p.data.sequence, *train, p.optim, *spikes),
         "eval": (p.model, p.mesh, p.data.sequence, *train),
-        **dict.fromkeys(("pack", "unpack", "sums", "copy"), (p.model, p.mesh, p.optim, p.train.steps)),
+        **dict.fromkeys(("pack", "unpack", "sums", "copy"), (p.model, p.mesh, p.optim)),
     }[name]
 
 

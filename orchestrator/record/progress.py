@@ -85,6 +85,7 @@ def summary(
     goodput: dict[str, Any],
     first_step_s: float | None,
     resume: str,
+    extending: str | None,
 ) -> str:
     """Where everything lies and where the time went. Times add up over all attempts; the first step is this one's."""
     buckets = {name: s for name, s in goodput["buckets"].items() if s >= 0.05}
@@ -98,6 +99,7 @@ def summary(
         f"  time         {goodput['wall_s']:.1f} s: {times}",
         "  first step   " + ("none" if first_step_s is None else f"{first_step_s:.1f} s after the command"),
         f"  resume       {resume}",
+        *([f"               {extending}"] if extending else []),
     ]
     return "\n".join(lines)
 
