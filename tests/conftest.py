@@ -62,6 +62,7 @@ def program() -> Program:
             remat="none",
             loss_chunk=8,
             init_from=None,
+            reduce_dtype="auto",
         ),
         eval=Eval(every=0, batches=1),
         checkpoint=Checkpoint(

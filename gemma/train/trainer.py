@@ -77,10 +77,11 @@ class Trainer:
         """Of the config only what the program is built from names it: another seed or length compiles nothing anew."""
         p = self.program
         train = (p.train.batch, p.train.dtype, p.train.accumulation, p.train.remat, p.train.loss_chunk)
+        reduced = p.train.gradients_in
         spikes = (p.guard.spike_sigmas, p.guard.warmup)
         built_from = {
             "init": (p.model, p.mesh, p.train.seed),
-            "train": (p.model, p.mesh, p.data.sequence, *train, p.optim, p.train.steps, *spikes),
+            "train": (p.model, p.mesh, p.data.sequence, *train, reduced, p.optim, p.train.steps, *spikes),
             "eval": (p.model, p.mesh, p.data.sequence, *train),
             **dict.fromkeys(("pack", "unpack", "sums", "copy"), (p.model, p.mesh, p.optim, p.train.steps)),
         }
