@@ -172,6 +172,7 @@ class Train:
     remat: Literal["none", "dots", "narrow", "full"]  # what the backward pass finds again
     loss_chunk: int  # target positions whose logits exist at a time
     init_from: str | None  # weights to start from: an imported checkpoint, a Hugging Face folder, another run
+    reduce_dtype: Literal["auto", "float32", "bfloat16"]  # of gradients, where they are summed over `fsdp`
 
     def __post_init__(self) -> None:
         sizes = ("steps", "batch", "accumulation", "loss_chunk")
@@ -183,6 +184,11 @@ class Train:
             self.batch % self.accumulation == 0,
             f"train.accumulation={self.accumulation}: must divide train.batch={self.batch}",
         )
+
+    @property
+    def gradients_in(self) -> str:
+        """The dtype in which gradients are summed over `fsdp`. auto is that of the computation."""
+        return self.dtype if self.reduce_dtype == "auto" else self.reduce_dtype
 
 
 @dataclass(frozen=True)

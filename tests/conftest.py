@@ -72,6 +72,7 @@ def program() -> Program:
             remat="none",
             loss_chunk=8,
             init_from=None,
+            reduce_dtype="auto",
         ),
         eval=Eval(every=0, rows=8, sets=None),
         checkpoint=Checkpoint(

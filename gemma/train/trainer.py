@@ -40,10 +40,11 @@ def built_from(name: str, program: Program) -> tuple[Any, ...]:
     """The config leaves that a compiled program depends on: another seed or length compiles nothing again."""
     p = program
     train = (p.train.batch, p.train.dtype, p.train.accumulation, p.train.remat, p.train.loss_chunk)
+    reduced = p.train.gradients_in
     spikes = (p.guard.spike_sigmas, p.guard.warmup)
     return {
         "init": (p.model, p.mesh, p.train.seed),
-        "train": (p.model, p.mesh, p.data.sequence, *train, p.optim, *spikes),
+        "train": (p.model, p.mesh, p.data.sequence, *train, reduced, p.optim, *spikes),
         "eval": (p.model, p.mesh, p.data.sequence, *train),
         **dict.fromkeys(("pack", "unpack", "sums", "copy"), (p.model, p.mesh, p.optim)),
     }[name]

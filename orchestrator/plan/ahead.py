@@ -60,7 +60,8 @@ def key(config: Config) -> str:
     """Names an answer by all that it depends on: what the step is built from, and versions."""
     p = config.program
     train = (p.train.batch, p.train.dtype, p.train.accumulation, p.train.remat, p.train.loss_chunk)
-    step = (p.model, p.mesh, p.data.sequence, train, p.optim.schedule, p.optim.clip_norm is None)
+    reduced = p.train.gradients_in
+    step = (p.model, p.mesh, p.data.sequence, train, reduced, p.optim.schedule, p.optim.clip_norm is None)
     where = (config.slice.topology, config.cluster.num_slices)
     versions = packages("jax", "jaxlib", "libtpu", "flax", "optax")
     return hashlib.sha256(repr((step, where, versions, source_digest())).encode()).hexdigest()[:24]

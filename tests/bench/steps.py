@@ -40,7 +40,7 @@ def program(model: Model, *, batch: int, sequence: int, dtype: str, remat: str, 
             weight_decay=0.1,
             clip_norm=1.0,
         ),
-        train=Train(100, None, batch, 0, dtype, 1, remat, loss_chunk, None),  # type: ignore
+        train=Train(100, None, batch, 0, dtype, 1, remat, loss_chunk, None, "auto"),  # type: ignore
         eval=Eval(every=0, rows=8, sets=None),
         checkpoint=Checkpoint(0, 0.0, 1, 0, "off", 0.01, 60.0),
         profile=Profile(steps=()),
