@@ -62,8 +62,8 @@ def test_a_trace_holds_its_steps_and_ends_with_the_run(trainer: Trainer, monkeyp
     calls: list[str] = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda _: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
-    finish_step = trainer.finish_step
-    monkeypatch.setattr(trainer, "finish_step", lambda step, *rest: calls.append(f"{step}") or finish_step(step, *rest))
+    take = trainer.finish_step
+    monkeypatch.setattr(trainer, "finish_step", lambda step, *rest: calls.append(f"{step}") or take(step, *rest))
     trainer.program = replace(trainer.program, profile=replace(trainer.program.profile, steps=(2, 99)))
     trainer.restore(None)
     for first, last in ((0, 2), (2, 3), (3, trainer.program.train.steps)):
