@@ -16,7 +16,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gemma.config import ConfigError
+from gemma.config import ConfigError, require_local
 from orchestrator.config import unknown_key
 from orchestrator.exit import Exit
 from orchestrator.slices.environment import bypass_proxy
@@ -31,6 +31,7 @@ HYDRA_FLAGS = (
     *("-cd", "--config-dir", "--experimental-rerun", "-i", "--info"),
 )
 FLAGS_WITH_VALUE = ("--cfg", "--package", "--config-path", "--config-name", "--config-dir", "--experimental-rerun")
+PATHS = {"run.root", "from", "to", "tokenizer", "weights"}  # of commands' own arguments
 MISTAKES = (ConfigError, HydraException, OmegaConfBaseException)
 
 
@@ -128,6 +129,8 @@ def arguments(known: dict[str, str], usage: str) -> tuple[dict[str, str], list[s
             own[key] = value
         else:
             rest.append(argument)
+    for key in PATHS & own.keys():
+        require_local(key, own[key])
     return own, rest
 
 

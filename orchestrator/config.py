@@ -26,6 +26,7 @@ from gemma.config import (
     fill,
     require,
     require_at_least,
+    require_local,
 )
 from gemma.schedule import resolved
 from orchestrator.chaos.faults import Chaos
@@ -42,6 +43,8 @@ class Run:
     def __post_init__(self) -> None:
         ok = self.id is None or re.fullmatch(NAME, self.id)
         require(bool(ok), f"run.id={self.id}: letters, digits, '-' and '_', at most 64, none of the last two in front")
+        require_local("run.root", self.root)
+        require_local("run.cache", self.cache)
         require(self.id != "latest", "run.id=latest: means the newest run; give another name")
 
 
