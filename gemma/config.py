@@ -156,7 +156,7 @@ class Optim:
 
     def __post_init__(self) -> None:
         for key in ("lr", "eps"):
-            require(0 < getattr(self, key) < math.inf, f"optim.{key}={getattr(self, key)}: must be above 0, and finite")
+            require(0 < getattr(self, key) <= 10, f"optim.{key}={getattr(self, key)}: must be above 0, and at most 10")
         require_at_least("optim", {"warmup_steps": self.warmup_steps, "weight_decay": self.weight_decay}, 0)
         for key in ("beta1", "beta2"):
             require(0 <= getattr(self, key) < 1, f"optim.{key}={getattr(self, key)}: must be at least 0 and below 1")
