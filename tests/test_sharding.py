@@ -179,8 +179,8 @@ def relative_error(program: Program, reduce_dtype: Any) -> float:
 
 
 def test_gradients_summed_in_float32_are_not_rounded_on_the_way(program: Program) -> None:
-    """The other dtype cannot be shown here: XLA aborts on CPUs where a program that is manual over only some axes of the
-    mesh reduces bfloat16. `preflight` refuses that by name.
+    """The other dtype cannot be shown here: XLA aborts on CPUs where a program that is manual over only some axes of
+    the mesh reduces bfloat16. `preflight` refuses that by name.
     """
     assert relative_error(program, "float32") < 1e-6
 
