@@ -35,8 +35,11 @@ def test_a_search_keeps_what_was_given() -> None:
     assert {c.train.remat for c in found} == set(search.REMAT)
 
 
+SHORT = ["model=gemma2_27b", "cluster.slice=v5p-1024", "plan.search=true", "data.sequence=128"]
+
+
 def test_a_search_without_limits_tries_meshes_and_batches() -> None:
-    found = list(search.candidates(composed(["model=gemma2_27b", "cluster.slice=v5p-1024", "plan.search=true"]), set()))
+    found = list(search.candidates(composed(SHORT), set()))
     assert {c.program.mesh.tensor for c in found} == {1, 2, 4, 8, 16}
     assert {c.train.batch // c.program.mesh.batch_shards for c in found} == {2**n for n in range(10)}  # of 128 tokens
 
