@@ -10,7 +10,8 @@ import pytest
 
 from gemma.memory import slots
 from orchestrator.hosts.worker import is_running
-from orchestrator.record import rundir, wandb_spool
+from orchestrator.record import rundir
+from tests import wandb_spool
 from tests.runs import (
     SMALL,
     assert_same_run,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.record import rundir, wandb_spool
+from orchestrator.record import rundir
+from tests import wandb_spool
 from tests.runs import DEADLINE_S, SMALL, event_names, finish, goodput, launch, losses
 
 STEPS = 40

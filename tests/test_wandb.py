@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,9 +13,11 @@ import pytest
 import wandb
 
 from orchestrator.config import Config, with_id
-from orchestrator.record import rundir, wandb_log, wandb_spool
+from orchestrator.record import rundir, wandb_log
 from orchestrator.record.wandb_log import WandbLog
+from tests import wandb_spool
 from tests.test_config import config_of
+from tests.test_rundir import fabricate
 
 ROWS = 500
 BLOCK = wandb_spool.BLOCK_BYTES
@@ -88,9 +91,11 @@ def test_a_torn_end_costs_only_the_rows_behind_it(copied: Path, cut: int) -> Non
 def test_steps_done_again_after_a_kill_stand_once_in_wandb_s_record(copied: Path) -> None:
     path = record(copied)
     os.truncate(path, path.stat().st_size - 20_000)
-    held = wandb_spool.steps(copied)
-    assert 300 < len(held) < ROWS
+    file = rundir.Appender(copied / "metrics.jsonl")
+    for step in range(1, ROWS + 1):
+        file.write({"step": step, "loss": float(step)})
     assert session(copied, range(301, ROWS + 21)) == []
+    record(copied)  # one file, complete
     found = [row["step"] for row in wandb_spool.history(copied) if "loss" in row]
     assert found == list(range(1, ROWS + 21))
 
@@ -106,6 +111,38 @@ def test_steps_that_only_metrics_jsonl_holds_reach_wandb_with_the_next_session(t
         file.write({"step": step, "loss": float(step)})
     assert session(tmp_path, range(3, 7)) == []
     assert [row["step"] for row in wandb_spool.history(tmp_path)] == list(range(1, 7))
+
+
+def test_whatever_was_resumed_one_file_holds_the_whole_history(tmp_path: Path) -> None:
+    """Evals as well, and a loss that was not finite."""
+    metrics, events = (rundir.Appender(tmp_path / name) for name in ("metrics.jsonl", "events.jsonl"))
+    for first in (1, 11, 21):
+        assert session(tmp_path, range(first, first + 10)) == []
+        for step in range(first, first + 10):
+            metrics.write({"step": step, "loss": None if step == 5 else float(step)})
+        events.write({"event": "eval", "time": 1.0, "step": first + 9, "loss": 2.0, "bits_per_byte": 3.0})
+    assert session(tmp_path, ()) == []  # nothing to log: wandb is not started
+    assert session(tmp_path, [31]) == []
+    record(tmp_path)
+    rows = list(wandb_spool.history(tmp_path))
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 32))
+    assert [row["eval/step"] for row in rows if "eval/loss" in row] == [10, 20, 30]
+
+
+def test_an_agent_s_id_is_kept_and_a_resume_goes_on_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = fabricate(tmp_path, "some")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    monkeypatch.setenv("WANDB_RUN_ID", "agents")
+    assert session(folder, [1]) == []
+    used = rundir.read_manifest(folder).wandb_id
+    manifest = rundir.read_manifest(folder)
+    rundir.write_manifest(folder, replace(manifest, attempts=[*manifest.attempts, manifest.attempts[0]]))
+    monkeypatch.setenv("WANDB_SWEEP_ID", "another")
+    monkeypatch.setenv("WANDB_RUN_ID", "another")
+    assert session(folder, [2]) == []
+    assert used == "agents"
+    assert rundir.read_manifest(folder).wandb_id == "agents"
+    assert record(folder).stem == "run-agents"
 
 
 def test_the_step_is_an_axis_of_its_own(spool: Path) -> None:

@@ -1,21 +1,25 @@
 """wandb: one run, one writer, in a thread of its own. Nothing that happens to wandb stops or slows training.
 
-Steps lie on the axis `step`, not on wandb's own counter, which drops whatever goes backwards. After a restart the
-steps done again are the same to the bit, so what wandb has already is not sent twice. (Resumed with another learning
-rate they differ: then wandb keeps the first of the steps done twice, metrics.jsonl both.)
+Steps lie on the axis `step`, not on wandb's own counter, which drops whatever goes backwards. Offline, each controller
+writes the whole history again, from metrics.jsonl and events.jsonl, and then removes the files of earlier controllers:
+whatever was resumed, there is one file to send, and it is complete. Online, what the server holds already is not sent
+again. (Resumed with another learning rate, steps done twice differ: online wandb keeps the first, offline the last.)
 """
 
 import contextlib
+import math
 import os
 import queue
+import shutil
 import threading
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from gemma.config import ConfigError
 from orchestrator.config import Config
-from orchestrator.record import rundir, wandb_spool
+from orchestrator.record import rundir
 
 FINISH_TIMEOUT_S = 30.0
 ONCE_A_STEP = ("loss", "eval/loss")  # what tells a row of a kind that is written once for each step
@@ -36,14 +40,23 @@ def mode(config: Config) -> str:
 def eval_row(step: int, loss: float, bits_per_byte: float, sets: dict[str, float]) -> dict[str, Any]:
     """loss: of the run's own held-out split. sets: the loss of each held-out set by its name."""
     by_set = {f"eval/{name}/loss": value for name, value in sets.items()}
-    return {"step": step, "eval/loss": loss, "eval/bits_per_byte": bits_per_byte} | by_set
+    return {"step": step, "eval/step": step, "eval/loss": loss, "eval/bits_per_byte": bits_per_byte} | by_set
 
 
-def parent_of(folder: Path) -> dict[str, Any] | None:
-    """The run and step that this one began from, if any."""
+def manifest_of(folder: Path) -> rundir.Manifest | None:
     with contextlib.suppress(ConfigError):
-        return rundir.read_manifest(folder).parent
+        return rundir.read_manifest(folder)
     return None
+
+
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as wandb draws it: what is null in our files was not finite."""
+    return {key: math.nan if value is None else value for key, value in row.items()}
+
+
+def remove(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class WandbLog:
@@ -69,56 +82,67 @@ class WandbLog:
 
     def work(self) -> None:
         try:
+            before = sorted(self.folder.glob("wandb/offline-run-*"))
             run, known = self.start()
-            # A controller that died may have written steps that never reached wandb.
+            # What earlier controllers wrote down; one that died may never have told wandb.
             for step, written in sorted(rundir.metrics(self.folder).items()):
                 if step not in known["loss"]:
-                    run.log(written)
+                    run.log(plain(written))
                     known["loss"].add(step)
             for event in rundir.events(self.folder):
                 if event["event"] == "eval" and event["step"] not in known["eval/loss"]:
-                    run.log(eval_row(event["step"], event["loss"], event["bits_per_byte"], event["sets"]))
+                    by_set = event.get("sets", {})
+                    run.log(plain(eval_row(event["step"], event["loss"], event["bits_per_byte"], by_set)))
                     known["eval/loss"].add(event["step"])
+            if self.mode == "offline":
+                remove(before)  # the new file holds all that they do
             while (row := self.rows.get()) is not None:
                 once = next((name for name in ONCE_A_STEP if name in row), None)
                 if once is not None:
                     if row["step"] in known[once]:
                         continue
                     known[once].add(row["step"])
-                run.log(row)
+                run.log(plain(row))
             run.finish()
             import wandb
 
             wandb.teardown()  # `finish` returns a moment before the last records are in the file; this waits
+            remove(before)  # online too: the server has it all, and `wandb sync` would send it again
         except BaseException as error:  # wandb raises even SystemExit; training does not care
             self.give_up(f"{type(error).__name__}: {error}")
 
     def start(self) -> tuple[Any, dict[str, set[int]]]:
-        """The wandb run, and the steps it holds already, by the name of what is logged once a step."""
+        """The wandb run, and the steps that its server holds already, by the name of what is logged once a step.
+
+        An agent of a sweep names the run itself: the manifest keeps that id, and a resume goes on with it.
+        """
         known: dict[str, set[int]] = {name: set() for name in ONCE_A_STEP}
-        if self.mode == "offline":
-            known = {name: wandb_spool.steps(self.folder, name) for name in ONCE_A_STEP}
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
-        config = self.config
+        config, manifest = self.config, manifest_of(self.folder)
+        if manifest is not None and len(manifest.attempts) > 1:
+            for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID"):  # of the agent that began the run: not of its resume
+                os.environ.pop(name, None)
         run = wandb.init(
-            id=config.run.id,
+            id=manifest.wandb_id if manifest else config.run.id,
             name=config.run.id,
             project=config.wandb.project,
             entity=config.wandb.entity,
             dir=str(self.folder),
             mode=self.mode,  # type: ignore[arg-type]
             resume="allow" if self.mode == "online" else None,
-            config=asdict(config) | {"parent": parent_of(self.folder)},
+            config=asdict(config) | {"parent": manifest.parent if manifest else None},
             # The machine that trains is not the controller's: its own load would only mislead.
             settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, init_timeout=60),
         )
+        if manifest is not None and run.id != manifest.wandb_id:
+            rundir.write_manifest(self.folder, replace(manifest, wandb_id=run.id))
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         if self.mode == "online" and run.resumed:
-            last = run.summary.get("step")
-            known = {name: set(range(int(last or 0) + 1)) for name in ONCE_A_STEP}
+            newest = {"loss": run.summary.get("step"), "eval/loss": run.summary.get("eval/step")}
+            known = {name: set(range(int(newest[name] or 0) + 1)) for name in ONCE_A_STEP}
         return run, known
 
     def give_up(self, why: str) -> None:
