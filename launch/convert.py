@@ -110,6 +110,8 @@ def convert(
     try:
         kind = folders.find(path, step).kind
         source = sources.open_source(path, model=model, step=step, gating=own["gating"] or None)
+        if isinstance(source, sources.Own):
+            source.check_sums()
     except folders.WeightsError as error:
         raise ConfigError(f"from={own['from']}: {error}") from error
     if vocab is not None and vocab != source.model.vocab:

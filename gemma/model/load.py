@@ -54,6 +54,8 @@ def load_params(path: str, abstract: Tree, step: int | None = None) -> Tree:
     Raises WeightsError.
     """
     source = open_source(Path(path).expanduser(), step=step)
+    if isinstance(source, Own):
+        source.check_sums()  # each host reads all of it once: what comes from outside is checked before it is believed
     rows = abstract[EMBEDDING].shape[0]
     if rows > source.model.vocab:
         print(f"{path}: {source.model.vocab} embedding rows; the {rows - source.model.vocab} behind them are zeros")

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from gemma.config import ConfigError, Model
-from gemma.weights import folders, layout
+from gemma.weights import folders, layout, sums
 from gemma.weights.arrays import Arrays, open_arrays
 from gemma.weights.hf import open_hf
 from gemma.weights.layout import EMBEDDING, Place, Slot, WeightsError
@@ -43,9 +43,14 @@ class Own:
 
     model: Model
     arrays: dict[str, Any]  # by leaf
+    folder: Path  # of the arrays
 
     def dtype(self, leaf: str) -> np.dtype:
         return self.arrays[leaf].dtype.numpy_dtype
+
+    def check_sums(self) -> None:
+        """Reads all of it once. Raises WeightsError where it is not what was saved."""
+        sums.check(self.folder, self.arrays, PARAMS)
 
     def read(self, slot: Slot, rows: slice = EVERY_ROW) -> np.ndarray:
         return part(self.arrays[slot.leaf], slot.leaf, (*slot.index, rows))
@@ -127,7 +132,7 @@ def open_own(model: Model, stored: Arrays) -> Own:
     want = {leaf: layout.own_shape(model, leaf) for leaf in layout.leaves(model)}
     layout.match(want, {leaf: array.shape for leaf, array in arrays.items()})
     check_dtypes(arrays)
-    return Own(model, arrays)
+    return Own(model, arrays, stored.folder)
 
 
 def open_released(model: Model, stored: Arrays, gating: str | None) -> Released:
