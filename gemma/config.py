@@ -5,10 +5,13 @@ Every refusal is a `ConfigError` whose text is one line: the key, what came, wha
 """
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
+
+OWN_SPLIT = "held_out"  # the evaluation set that is the run's own held-out split
 
 
 class ConfigError(ValueError):
@@ -26,7 +29,7 @@ def naming(setting: str) -> Iterator[None]:
     """What the system says of a path that the user gave becomes a ConfigError that begins with `setting`."""
     try:
         yield
-    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+    except (OSError, ValueError, RuntimeError) as error:  # a path with a null byte; ~user who does not exist
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{setting}: {getattr(error, 'strerror', None) or error}") from error
@@ -73,17 +76,22 @@ class Model:
 @dataclass(frozen=True)
 class Data:
     source: Literal["stdlib", "text"]
-    path: str | None  # file, directory or glob; .txt, .md, .py, .jsonl, each also as .gz
+    path: str | None  # file, directory or glob; .txt .md .rst .py, .jsonl .ndjson, each also as .gz
     text_key: str  # the field of a jsonl line that holds the text
     tokenizer: str  # "byte", or the path of a SentencePiece model
     sequence: int
     eval_fraction: float  # of the documents, chosen by content hash, held out from training
+    max_document_mb: float  # 1e6 bytes, unpacked; a larger document is refused
 
     def __post_init__(self) -> None:
         require_at_least("data", {"sequence": self.sequence}, 2)
         require(
-            0 < self.eval_fraction < 0.5,
+            0 <= self.eval_fraction < 0.5,
             f"data.eval_fraction={self.eval_fraction}: must lie between 0 and 0.5",
+        )
+        require(
+            0 < self.max_document_mb <= 1e6,
+            f"data.max_document_mb={self.max_document_mb}: must be above 0 and at most 1e6",
         )
         if self.source == "text":
             require(bool(self.path), "data.path: missing; data=text needs a file or directory, data.path=PATH")
@@ -116,8 +124,12 @@ class Mesh:
 @dataclass(frozen=True)
 class Optim:
     lr: float
-    schedule: Literal["cosine", "constant", "linear"]
+    schedule: Literal["cosine", "linear", "wsd", "constant"]
     warmup_steps: int
+    decay_steps: (
+        int | None
+    )  # the step, warm-up and all, from which the rate stays final; null: train.steps at the start
+    wsd_decay_steps: int | None  # of wsd, the last so many steps before decay_steps decay; 0 never, null: a tenth
     final_lr_ratio: float  # the schedule ends at lr * final_lr_ratio
     beta1: float
     beta2: float
@@ -131,6 +143,17 @@ class Optim:
         require_at_least("optim", {"warmup_steps": self.warmup_steps, "weight_decay": self.weight_decay}, 0)
         for key in ("beta1", "beta2"):
             require(0 <= getattr(self, key) < 1, f"optim.{key}={getattr(self, key)}: must be at least 0 and below 1")
+        decay, wsd, warmup = self.decay_steps, self.wsd_decay_steps, self.warmup_steps
+        require(warmup < 2**31 - 1, f"optim.warmup_steps={warmup}: must be below 2**31 - 1")
+        require(
+            decay is None or warmup < decay < 2**31,
+            f"optim.decay_steps={decay}: must be above optim.warmup_steps={warmup} and below 2**31, or null",
+        )
+        most = 2**31 - 1 if decay is None else decay - warmup
+        require(
+            wsd is None or 0 <= wsd <= most,
+            f"optim.wsd_decay_steps={wsd}: must lie in 0..{most} (optim.decay_steps - optim.warmup_steps), or be null",
+        )
         require(0 <= self.final_lr_ratio <= 1, f"optim.final_lr_ratio={self.final_lr_ratio}: must lie in 0..1")
         require(
             self.clip_norm is None or self.clip_norm > 0,
@@ -149,6 +172,7 @@ class Train:
     remat: Literal["none", "dots", "narrow", "full"]  # what the backward pass finds again
     loss_chunk: int  # target positions whose logits exist at a time
     init_from: str | None  # weights to start from: an imported checkpoint, a Hugging Face folder, another run
+    reduce_dtype: Literal["auto", "float32", "bfloat16"]  # of gradients, where they are summed over `fsdp`
 
     def __post_init__(self) -> None:
         sizes = ("steps", "batch", "accumulation", "loss_chunk")
@@ -161,15 +185,27 @@ class Train:
             f"train.accumulation={self.accumulation}: must divide train.batch={self.batch}",
         )
 
+    @property
+    def gradients_in(self) -> str:
+        """The dtype in which gradients are summed over `fsdp`. auto is that of the computation."""
+        return self.dtype if self.reduce_dtype == "auto" else self.reduce_dtype
+
 
 @dataclass(frozen=True)
 class Eval:
     every: int  # steps; 0 is off
-    batches: int
+    rows: int  # of each set, at most; the same ones whatever train.batch and the mesh are
+    sets: dict[str, str] | None  # name: path, read as data.path is; beside the run's own held-out split
 
     def __post_init__(self) -> None:
         require_at_least("eval", {"every": self.every}, 0)
-        require_at_least("eval", {"batches": self.batches}, 1)
+        require_at_least("eval", {"rows": self.rows}, 1)
+        for name, path in (self.sets or {}).items():
+            require(
+                bool(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name)) and name != OWN_SPLIT,
+                f"eval.sets.{name}: must be named by letters, digits, '-' and '_', at most 64, and not {OWN_SPLIT}",
+            )
+            require(bool(path), f"eval.sets.{name}=: empty; give a file, a directory or a glob")
 
 
 @dataclass(frozen=True)
@@ -234,6 +270,18 @@ class Guard:
 
 
 @dataclass(frozen=True)
+class Evaluate:
+    """Weights whose held-out loss is computed: an evaluation is a run of its own."""
+
+    weights: str  # a run's folder, imported weights, a Hugging Face folder
+    step: int | None  # of a run's checkpoints; null is the newest, or weights that have none
+
+    def __post_init__(self) -> None:
+        require(bool(self.weights), "evaluate.weights=: empty; give a folder")
+        require(self.step is None or self.step >= 0, f"evaluate.step={self.step}: must be at least 0, or null")
+
+
+@dataclass(frozen=True)
 class Program:
     """All that the SPMD program needs to know. Equal programs train the same model, bit for bit, on equal meshes."""
 
@@ -246,6 +294,7 @@ class Program:
     checkpoint: Checkpoint
     profile: Profile
     guard: Guard
+    evaluate: Evaluate | None  # null trains
 
 
 def fill(mesh: Mesh, chips: int) -> Mesh:
@@ -287,6 +336,7 @@ def check(program: Program) -> None:
         data.sequence <= model.context,
         f"data.sequence={data.sequence}: {model.name} was made for at most {model.context} (model.context)",
     )
+    require(data.eval_fraction > 0, f"data.eval_fraction={data.eval_fraction}: must lie between 0 and 0.5")
     if program.profile.steps:
         first = program.profile.steps[0]
         require(

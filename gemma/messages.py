@@ -1,6 +1,6 @@
-"""What a host tells its controller: plain values, no arrays, no JAX."""
+"""Messages from a host to its controller: plain values, no arrays, no JAX."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,11 @@ class Restored:
     compile_cached: bool
     platform: str
     seconds: dict[str, float]  # by phase: data, compile, restore
-    rows: tuple["Row", ...] = ()  # of steps before `step` that the controller may not have been told of
+    steps: int  # the last one of the run; an evaluation's are its batches
+    eval_fingerprints: dict[str, str]  # of the tokens of each of eval.sets: all hosts must agree
+    warnings: tuple[str, ...]  # for the user, about the text: one line each
+    sets: dict[str, int] = field(default_factory=dict)  # of an evaluation: how many of its batches each set has
+    rows: tuple["Row", ...] = ()  # of steps before `step` whose results may not have reached the controller
     evals: tuple["Evaluated", ...] = ()  # likewise
 
 
@@ -31,10 +35,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Mean held-out loss in nats after `step` steps, and the seconds it took."""
+    """Mean loss in nats of each held-out set after `step` steps, and the seconds it took."""
 
     step: int
-    loss: float
+    sets: tuple[tuple[str, float, float], ...]  # name, loss, targets; first the run's own split
     seconds: float
 
 
@@ -43,28 +47,28 @@ class Bad:
     """A step whose update was not applied: not finite, or a spike."""
 
     step: int  # counted as Row counts
-    batch: int  # index of the batch it trained on
-    ids: tuple[int, ...]  # the rows of the corpus in that batch
+    places: tuple[tuple[int, int], ...]  # of its rows in the order of training, each first..end-1: gemma.text.order
+    ids: tuple[int, ...]  # the same rows by their number in the corpus
 
 
 @dataclass(frozen=True)
 class Ran:
-    """What a window of steps brought."""
+    """The results of a window of steps."""
 
     rows: tuple[Row, ...]
     bad: tuple[Bad, ...]
-    halted: bool  # the hosts make no step more before they are brought back to one
-    snapshots: int  # taken meanwhile
-    wait_s: float  # for them while the devices had nothing to do
-    data_s: float  # that the devices stood still for the next batch
+    halted: bool  # the hosts refuse further steps until a `restore`
+    snapshots: int  # taken in this window
+    wait_s: float  # the devices were idle, waiting for snapshots
+    data_s: float  # the devices were idle, waiting for the next batch
 
 
 @dataclass(frozen=True)
 class Kept:
     """A host's snapshots have begun."""
 
-    pack_s: float  # that its devices take for one
-    seconds: float  # that training stood still
+    pack_s: float  # the devices' time for one snapshot
+    seconds: float  # training stood still
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Opened:
-    """A host's programs are ready; what its memory will have to hold."""
+    """A host's programs are ready; how much of its memory snapshots will take."""
 
     share_key: str  # equal for hosts that hold the same bytes of the state
     share_bytes: int
@@ -93,11 +97,11 @@ class Opened:
 
 @dataclass(frozen=True)
 class ChipFacts:
-    """What a host has found out about its chips; of each, in their order, what is a tuple."""
+    """A host's facts about its chips. Per-chip facts are tuples, in device order."""
 
     platform: str
     chips: int
-    chips_in_all: int  # of all hosts, as this one sees it
-    free_bytes: tuple[int, ...] = ()  # empty where the platform does not tell
-    products: tuple[str, ...] = ()  # a checksum of the same matrix product
-    seconds: tuple[float, ...] = ()  # that it took; empty where that tells nothing
+    chips_in_all: int  # of all hosts, as this host sees it
+    free_bytes: tuple[int, ...] = ()  # empty where the platform does not report it
+    products: tuple[str, ...] = ()  # checksums of one and the same matrix product
+    seconds: tuple[float, ...] = ()  # that the product took; empty where the time means nothing

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gemma.config import ConfigError
 from orchestrator.config import unknown_key
 from orchestrator.exit import Exit
+from orchestrator.slices.environment import bypass_proxy
 
 TOP = str(Path(__file__).parents[1])
 CONF = str(Path(TOP, "conf"))
@@ -41,6 +42,7 @@ def main(name: str, work: Callable[[], int]) -> None:
     """Runs a command's work and exits: its code, or 1 with one line for a mistake of the user's."""
     # Hydra prints its errors over many lines; asked for all, it raises them, and they are told here in one.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    bypass_proxy()
     try:
         code = work()
     except MISTAKES as error:
@@ -87,7 +89,9 @@ def one_line(error: Exception) -> str:
             group, _, choice = found.group(1).rpartition("/")
             return f"{group}={choice}: no such choice; allowed: {', '.join(found.group(2).split())}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not an override; allowed is key=value ({text.splitlines()[0]})"
+        key, equals, value = str(error.override).partition("=")
+        quoted = f"; a value with special characters is quoted: '{key}=\"{value}\"'" if equals and value else ""
+        return f"{error.override}: not an override; allowed is key=value{quoted} ({text.splitlines()[0]})"
     return " ".join(text.split())
 
 
@@ -136,7 +140,7 @@ def apply(container: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
             raise ConfigError(f"{line}: a resumed run takes key=value only")
         if OmegaConf.select(config, key, default=Ellipsis) is Ellipsis:
             raise ConfigError(unknown_key(key))
-        if OmegaConf.is_dict(OmegaConf.select(config, key)):
+        if OmegaConf.is_dict(OmegaConf.select(config, key)) and key != "eval.sets":
             if not Path(CONF, key).is_dir() or not isinstance(override.value(), str):
                 raise ConfigError(f"{line}: {key} is a section; allowed is {key}.NAME=value")
             with initialize_config_dir(CONF, version_base="1.3"):

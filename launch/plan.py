@@ -1,6 +1,5 @@
 """python -m launch.plan key=value ...: whether a run fits its slices and how fast it can be, without any TPU."""
 
-import json
 import signal
 import sys
 from dataclasses import asdict
@@ -15,8 +14,9 @@ from gemma.config import ConfigError
 from launch.command import CONF, arguments, main
 from orchestrator import config as configs
 from orchestrator.plan import ahead, plan, search
+from orchestrator.record.jsonfile import dumps
 
-USAGE = """Compile the train step for TPU v5p on a machine without TPUs: does it fit, how fast can it be.
+USAGE = """Compile the programs of a run for TPU v5p on a machine without TPUs: does it fit, how fast can it be.
 
   python -m launch.plan model=gemma2_27b cluster.slice=v5p-1024 mesh.fsdp=512 data.sequence=8192 train.batch=512
   python -m launch.plan ... output=json                 JSON on standard output, alone there
@@ -55,7 +55,7 @@ def work() -> int:
             print(f"plan: {error}", file=sys.stderr)
             return 2
     if own["output"] == "json":
-        print(json.dumps(as_json(found), indent=2))
+        print(dumps(as_json(found), indent=2))
     else:
         show(found)
     return 0 if found[0].fits else 2
@@ -93,7 +93,7 @@ def ranking(found: list[plan.Plan]) -> Table:
         table.add_column(column, justify="left" if column in ("fits", "overrides") else "right")
     for p in found:
         speed = (f"{p.step_s.serial:.2f}", f"{p.mfu:.1%}", f"{p.tokens_per_s:,.0f}") if p.step_s else ("", "", "")
-        table.add_row("yes" if p.fits else "no", f"{p.hbm_bytes.total / 1e9:.1f}", *speed, " ".join(p.overrides))
+        table.add_row("yes" if p.fits else "no", f"{p.needed_bytes / 1e9:.1f}", *speed, " ".join(p.overrides))
     return table
 
 
@@ -103,19 +103,26 @@ def lines(p: plan.Plan) -> list[str]:
     mesh = " x ".join(f"{axis} {size}" for axis, size in p.mesh.items())
     limit = p.hbm_limit_bytes / 1e9
     out = [
-        f"{'fits' if p.fits else 'DOES NOT FIT'}: {gb['total']} GB of {limit:.0f} GB HBM a chip"
-        + (f" ({p.message})" if p.message else ""),
+        f"{'fits' if p.fits else 'DOES NOT FIT'}: {p.needed_bytes / 1e9:.2f} GB of {limit:.0f} GB HBM a chip,"
+        f" by the program `{p.largest}`" + (f" ({p.message})" if p.message else ""),
         f"slice       {slices}{p.slice} ({p.topology}, {p.chips} chips in all), mesh {mesh}",
         f"parameters  {p.parameters['embedding']:,} embedding, {p.parameters['other']:,} other",
         f"HBM, GB     parameters {gb['parameters']}, optimizer {gb['optimizer']}, gradients {gb['gradients']},"
         f" activations {gb['activations']}, workspace {gb['workspace']}, copies {gb['copies']}",
     ]
+    others = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in p.programs_bytes.items())
+    out.append(f"programs    {others} (GB a chip holds while it runs)")
     if p.step_s and p.mfu and p.tokens_per_s and p.days is not None and p.chip_hours is not None:
         recomputed = p.flops["hlo"] / p.flops["model"]
         out.append(f"FLOPs       model {p.flops['model']:.3e}, HLO {p.flops['hlo']:.3e} a step ({recomputed:.2f} x)")
         for axes, kinds in p.sent_bytes.items():
             sent = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in kinds.items())
             out.append(f"sent, GB    over {axes}: {sent} (a chip, a step)")
+        if p.gradients:
+            told = [f"{d} {g['sent_bytes'] / 1e9:.2f} GB, {g['network_s']:.3f} s" for d, g in p.gradients.items()]
+            out.append(
+                f"gradients   summed over fsdp in {'; in '.join(told)} (train.reduce_dtype, now {p.reduce_dtype})"
+            )
         for name, seconds in asdict(p.step_s).items():
             share = f"MFU {p.mfu_at[name]:.1%}" if name in p.mfu_at else ""
             out.append(f"step        {MEANING[name]:<46} {seconds:8.4f} s  {share}")

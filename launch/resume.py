@@ -11,22 +11,26 @@ from orchestrator import config as configs
 from orchestrator.interrupt import Interrupt
 from orchestrator.plan import preflight
 from orchestrator.record import rundir, source
+from orchestrator.recovery import checkpoints
 from orchestrator.slices.cluster import dashboard_of
 
 USAGE = """Go on with a run from its newest checkpoint.
 
   python -m launch.resume run=latest
-  python -m launch.resume run=ID train.steps=800          extend it
+  python -m launch.resume run=ID train.steps=800          extend it; the learning rate's schedule stays as it was
+  python -m launch.resume run=ID train.steps=800 optim.decay_steps=800   extend it and its schedule
   python -m launch.resume run=ID mesh.fsdp=4 mesh.tensor=2   onto another mesh
   python -m launch.resume run=ID detach=true             a detached run, where it lies
+  python -m launch.train from=ID@STEP ...                a new run from there; this one stays as it is
 
   run       the run's id, or latest (required)
   run.root  where runs lie (default: runs)
   detach    true: the controller is a job on the head of the Ray cluster (default: false)
   cluster.dashboard   HOST:PORT of it, or cluster.address; not needed where the run was submitted from
 
-Overrides are classified and printed: safe (more steps, logging), resharding (mesh, cluster), changing the data order
-(data, train.seed, train.batch: refused unless resume.allow_data_change=true), forbidden (model)."""
+Overrides are classified and printed: safe (more steps, logging), resharding (mesh, cluster), changing the training from
+here on (optim, guard), changing the data order (data, train.seed, train.batch: refused unless
+resume.allow_data_change=true), forbidden (model). So is the learning rate: before and after them, and at the end."""
 
 
 def work() -> int:
@@ -39,15 +43,21 @@ def work() -> int:
         return resume_there(own, overrides)
     folder = rundir.find(own["run.root"], own["run"])
     manifest = rundir.read_manifest(folder)
+    if manifest.id != folder.name:
+        raise ConfigError(
+            f"run={folder.name}: {folder} is a copy of run {manifest.id}, or was renamed, and two runs of one id would"
+            f" mix; name it {manifest.id} again, or fork it: python -m launch.train from={folder}@latest"
+        )
     old = manifest.config | {"run": manifest.config["run"] | {"root": own["run.root"]}}
     old |= {"resume": {"allow_data_change": False}, "detach": False}
     new = apply(old, overrides)
-    config = configs.from_container(new)
+    config, former = configs.from_container(new), configs.from_container(old)
+    new |= {"optim": asdict(config.optim)}  # lengths of the schedule that were null are numbers now
     found = change.changes(configs.flatten(old), configs.flatten(new))
     change.refuse(found, config.resume.allow_data_change)
-    committed = rundir.committed(folder)
-    done = committed[-1] if committed else 0
-    if config.train.steps <= done:
+    committed = checkpoints.resumable(folder) if config.evaluate is None else None
+    done = committed or 0
+    if config.evaluate is None and config.train.steps <= done:
         raise ConfigError(
             f"train.steps={config.train.steps}: run {folder.name} has done {done} already;"
             f" allowed: more than {done}, as in train.steps={2 * done}"
@@ -57,7 +67,10 @@ def work() -> int:
     lock = rundir.lock(folder)  # refused here, before anything is written, where another process drives the run
     for item in found:
         print(f"resume: {item}")
-    print(f"resume: run {folder.name} from step {done} to {config.train.steps}", flush=True)
+    if config.evaluate is None:
+        never = "" if committed else " (nothing had been saved yet)"
+        print(f"resume: {change.rates(former.optim, config.optim, done, config.train.steps)}")
+        print(f"resume: run {folder.name} from step {done} to {config.train.steps}{never}", flush=True)
     code = source.source()
     attempt = rundir.Attempt("resume", overrides, time.time(), code.commit)
     resumed = replace(

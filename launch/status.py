@@ -1,6 +1,5 @@
 """python -m launch.status [run=ID|latest]: the runs, or one of them."""
 
-import json
 import time
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from gemma.config import ConfigError
 from launch import detached
 from launch.command import arguments, main
 from orchestrator.record import rundir
+from orchestrator.record.progress import shown
 
 USAGE = f"""List runs: state, step, loss, goodput.
 
@@ -39,9 +39,9 @@ def line(folder: Path) -> list[str]:
     manifest = rundir.read_manifest(folder)
     rows = rundir.metrics(folder)
     step = max(rows, default=0)
-    loss = f"{rows[step]['loss']:.4f}" if rows else "-"
-    goodput = folder / "goodput.json"
-    share = f"{json.loads(goodput.read_text())['goodput']:.1%}" if goodput.exists() else "-"
+    loss = shown(rows[step].get("loss"), 4) if rows else "-"
+    goodput = rundir.goodput(folder)
+    share = "-" if goodput is None or goodput["goodput"] is None else f"{goodput['goodput']:.1%}"
     age = time.strftime("%Y-%m-%d %H:%M", time.localtime(manifest.created))
     return [folder.name, state(folder), f"{step}/{manifest.config['train']['steps']}", loss, share, age]
 
@@ -55,9 +55,7 @@ def table(rows: list[list[str]]) -> str:
 
 def detail(folder: Path) -> str:
     lines = []
-    goodput = folder / "goodput.json"
-    if goodput.exists():
-        found = json.loads(goodput.read_text())
+    if found := rundir.goodput(folder):
         buckets = sorted(found["buckets"].items(), key=lambda item: -item[1])
         lines += [f"wall {found['wall_s']:.1f} s, restarts {found['restarts']}"]
         lines += [f"  {name:8} {seconds:9.1f} s" for name, seconds in buckets if seconds >= 0.05]
@@ -70,8 +68,8 @@ def detail(folder: Path) -> str:
     lines += [f"checkpoints at steps {rundir.committed(folder)} in {folder / 'checkpoints'}", "last events:"]
     for event in told[-EVENTS_SHOWN:]:
         clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
-        shown = {k: v for k, v in event.items() if k not in ("time", "event", "attempt", "step", "hosts", "seconds")}
-        facts = " ".join(f"{key}={value}" for key, value in shown.items())
+        evidence = {k: v for k, v in event.items() if k not in ("time", "event", "attempt", "step", "hosts", "seconds")}
+        facts = " ".join(f"{key}={value}" for key, value in evidence.items())
         lines += [f"  {clock} attempt {event['attempt']} step {event['step']:>6} {event['event']:10} {facts}"]
     return "\n".join(lines)
 

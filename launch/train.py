@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from gemma.config import ConfigError
 from launch import detached
 from launch.command import CONF, MISTAKES, checked, main, process_started, tell
+from launch.fork import fork
 from orchestrator import config as configs
 from orchestrator.exit import Exit
 from orchestrator.interrupt import Interrupt
@@ -44,6 +45,8 @@ def train(composed: DictConfig, commanded: float) -> Exit:
     container = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(container, dict)
     config = configs.from_container({str(key): value for key, value in container.items()})
+    if config.evaluate is not None:
+        raise ConfigError("evaluate: goes with launch.evaluate")
     preflight.check(config)
     if not config.detach:  # its job does that on the head
         preflight.check_fits(config)
@@ -73,6 +76,8 @@ def train(composed: DictConfig, commanded: float) -> Exit:
 
 def work() -> int:
     sys.argv[1:] = checked(sys.argv[1:])
+    if any(argument.startswith("from=") for argument in sys.argv[1:]):
+        return fork(sys.argv[1:], process_started())
     job()
     if set(codes) == {Exit.MISTAKE}:
         for folder in sweeps:  # Hydra's own record of the sweep: nothing was started, so nothing is left

@@ -14,6 +14,7 @@ from gemma.config import (
     ConfigError,
     Data,
     Eval,
+    Evaluate,
     Guard,
     Mesh,
     Model,
@@ -26,6 +27,7 @@ from gemma.config import (
     require,
     require_at_least,
 )
+from gemma.schedule import resolved
 from orchestrator.chaos.faults import Chaos
 from orchestrator.slices.cluster import NAME, Cluster
 from orchestrator.slices.topology import Slice, slice_type
@@ -79,7 +81,8 @@ class Timeout:
     reserve_s: float  # slices are placed
     start_s: float  # host processes are up and have found each other
     check_s: float  # a host has looked at its chips; all chips have heard of each other
-    compile_s: float  # data and programs are ready
+    tokenize_s: float  # the text is tokenised, or found in the cache and checked
+    compile_s: float  # programs are ready
     restore_s: float
     step_s: float  # the first steps of an attempt; after that a hang is what takes far longer than the steps before
     hang_s: float  # but no stall shorter than this is one
@@ -130,6 +133,7 @@ class Config:
     plan: Planning
     chaos: Chaos
     resume: Resume
+    evaluate: Evaluate | None  # the program of launch.evaluate; null trains
     detach: bool  # the controller is a job on the head of the Ray cluster
 
     def __post_init__(self) -> None:
@@ -161,6 +165,7 @@ class Config:
             self.checkpoint,
             self.profile,
             self.guard,
+            self.evaluate,
         )
 
 
@@ -205,7 +210,11 @@ def from_container(container: Mapping[str, Any]) -> Config:
 def crossed(container: Mapping[str, Any]) -> Config:
     """The same, each section by itself: a search has yet to find a mesh and a batch that go together."""
     hints = dict(typed_keys(Config))
+    by_name = tuple(f"{key}." for key, hint in hints.items() if dict[str, str] in getattr(hint, "__args__", ()))
     for key, value in flatten(container).items():
+        if key.startswith(by_name):
+            require(isinstance(value, str), f"{key}={value}: must be text")
+            continue
         if key not in hints:
             raise ConfigError(unknown_key(key))
         as_list = getattr(hints[key], "__origin__", None) is tuple
@@ -217,7 +226,8 @@ def crossed(container: Mapping[str, Any]) -> Config:
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}={value}: must be finite")
     try:
-        return dacite.from_dict(Config, container, dacite.Config(strict=True, cast=[tuple]))
+        config = dacite.from_dict(Config, container, dacite.Config(strict=True, cast=[tuple]))
+        return replace(config, optim=resolved(config.optim, config.train.steps))
     except dacite.MissingValueError as error:
         raise ConfigError(f"{error.field_path}: missing") from error
     except dacite.WrongTypeError as error:
@@ -234,6 +244,8 @@ def describe(kind: Any) -> str:
         names = [repr(p) if isinstance(p, str) else describe(p) for p in parts if p is not ...]
         if getattr(kind, "__origin__", None) is tuple:
             return "a list of texts" if parts[0] is str else "a list of whole numbers"
+        if getattr(kind, "__origin__", None) is dict:
+            return "texts by name, {NAME: TEXT}"
         return "one of " + ", ".join(names) if isinstance(parts[0], str) else " or ".join(names)
     return {
         int: "a whole number",

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -21,6 +21,7 @@ class Interrupt:
     def __init__(self) -> None:
         self.count = 0
         self.closing = False  # nothing is left to be cut short
+        self.check: Callable[[], None] = lambda: None  # raises what ends every wait of the run: its cluster is gone
 
     def __enter__(self) -> "Interrupt":
         # A command under nohup ignores SIGHUP, and goes on doing so.
@@ -45,6 +46,7 @@ class Interrupt:
             os.write(2, f"\n{name}: finishing the steps in flight, saving, stopping (again: at once)\n".encode())
 
     def asked(self) -> bool:
+        self.check()
         return self.count > 0
 
 

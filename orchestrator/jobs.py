@@ -30,7 +30,7 @@ from orchestrator.exit import HOW, Exit
 from orchestrator.record import source
 from orchestrator.slices.topology import NAME_LABEL
 
-ANSWER_TIMEOUT_S = 5.0  # for a dashboard to show that it is there
+ANSWER_TIMEOUT_S = 3.0  # for a dashboard to show that it is there
 CALL_TIMEOUT_S = 60.0
 POLL_S = 0.2
 TROUBLE_S = 60.0  # for which no poll may get an answer, before a wait is given up

@@ -1,4 +1,4 @@
-"""The run, top to bottom: one process drives every host until the last step is done or given up."""
+"""The run, top to bottom: one process drives every host until the work is done or given up."""
 
 import contextlib
 import gc
@@ -11,6 +11,7 @@ from typing import IO
 
 from gemma.config import ConfigError
 from gemma.messages import Opened
+from orchestrator import change
 from orchestrator import config as configs
 from orchestrator.chaos import chaos, faults
 from orchestrator.config import Config
@@ -20,23 +21,19 @@ from orchestrator.hosts import fleet as fleets
 from orchestrator.hosts import group as hosts
 from orchestrator.hosts.fleet import Fleet
 from orchestrator.hosts.group import Group, HostsFailedError
-from orchestrator.hosts.memory import Attaching
+from orchestrator.hosts.ready import ReadyHosts, Work
 from orchestrator.interrupt import Interrupt, StoppedError
-from orchestrator.programs import pipeline as pipelines
-from orchestrator.programs import rewind
-from orchestrator.programs.pipeline import Pipeline
-from orchestrator.programs.saves import Saves
+from orchestrator.programs.evaluate import evaluate, evaluated
+from orchestrator.programs.pipeline import stop_spending
+from orchestrator.programs.train import train
 from orchestrator.record import rundir
-from orchestrator.record.progress import summary
+from orchestrator.record.progress import evaluation_results, summary, training_results
 from orchestrator.record.report import Report, resume_command
 from orchestrator.recovery import recover
-from orchestrator.recovery.outcome import Evidence
 from orchestrator.recovery.policy import Failure, GiveUp, decide
 from orchestrator.slices import providers
 from orchestrator.slices.upkeep import NoSlicesError
 
-WINDOWS_IN_FLIGHT = 2
-LOOK_EVERY_S = 1.0  # at whether the hosts will stay
 WAITED_IN_VAIN = (StoppedError, TimeoutError, NoSlicesError)
 
 
@@ -49,7 +46,7 @@ def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, comma
     gc.freeze()  # Ray and all else that is imported stays: no need to go through it again and again
     report = Report(config, folder, commanded)
     try:
-        code = drive(config, folder, report, interrupt)
+        code = drive(config, folder, report, interrupt, evaluate if config.evaluate else train)
     except ConfigError as error:
         interrupt.closing = True
         report.event("refuse", reason=str(error))
@@ -68,14 +65,22 @@ def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, comma
         code = Exit.GAVE_UP
     interrupt.closing = True
     goodput = report.close()
-    command = resume_command(config, folder, f" train.steps={2 * config.train.steps}" if code is Exit.FINISHED else "")
+    trained = code is Exit.FINISHED and config.evaluate is None
+    command = resume_command(config, folder, f" train.steps={2 * config.train.steps}" if trained else "")
+    extending = change.extending(config.optim, config.train.steps) if trained else None
     with contextlib.suppress(OSError):  # a full disk, or nobody who reads
-        print(summary(folder, HOW[code], rundir.metrics(folder), goodput, report.first_step_s, command), flush=True)
+        found = results(config, folder)
+        print(summary(folder, HOW[code], found, goodput, report.first_step_s, command, extending), flush=True)
     lock.close()
     return code
 
 
-def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) -> Exit:
+def results(config: Config, folder: Path) -> list[str]:
+    rows = rundir.metrics(folder)
+    return evaluation_results(evaluated(folder), rows) if config.evaluate else training_results(rows)
+
+
+def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt, work: Work) -> Exit:
     """Gets slices and gives them back. Raises ConfigError for the user's mistakes that only a host can see."""
     if stop_spending(report):
         return Exit.STOPPED
@@ -85,13 +90,16 @@ def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt) ->
             providers.connect(config, report.provided, interrupt.asked) as lease,
             fleets.managed(config, folder, lease) as fleet,
         ):
-            return attempt(config, folder, fleet, report, interrupt)
+            interrupt.check = lease.check_head
+            return attempt(config, folder, fleet, report, interrupt, work)
     except WAITED_IN_VAIN as early:
         return left_waiting(early, report)
+    finally:
+        interrupt.check = lambda: None
 
 
-def attempt(config: Config, folder: Path, fleet: Fleet, report: Report, interrupt: Interrupt) -> Exit:
-    """Trains until the last step, again and again."""
+def attempt(config: Config, folder: Path, fleet: Fleet, report: Report, interrupt: Interrupt, work: Work) -> Exit:
+    """Does the work on hosts that stand ready, again and again until it is done."""
     history: list[Failure] = []
     while True:
         report.begin_attempt()
@@ -109,8 +117,8 @@ def attempt(config: Config, folder: Path, fleet: Fleet, report: Report, interrup
             fleets.start_keepers(fleet, group)
             report.event("start", duration_s=time.monotonic() - started, pids=list(group.pids))
             fitness.check(now, group, fleet, report, interrupt.asked)
-            opened = recover.start(now, folder, group, fleet, report, interrupt, started)
-            left = train(now, group, opened, fleet, report, interrupt)
+            opened = open_programs(now, folder, group, fleet, report, interrupt)
+            left = work(ReadyHosts(now, folder, group, opened, fleet, report, interrupt, started))
             if isinstance(left, Exit):
                 report.event("finish" if left is Exit.FINISHED else "stop")
                 fleet.needed = False
@@ -122,6 +130,7 @@ def attempt(config: Config, folder: Path, fleet: Fleet, report: Report, interrup
         except HostsFailedError as failed:
             report.phase("down", "a host failed")
             assert group is not None
+            fleet.lease.check_head()
             history.append(recover.diagnose(folder, failed, group, fleet, report))
             decision = decide(history, config.retry.budget)
             report.decided(decision)
@@ -133,6 +142,19 @@ def attempt(config: Config, folder: Path, fleet: Fleet, report: Report, interrup
             report.write_goodput(now=True)
 
 
+def open_programs(
+    config: Config, folder: Path, group: Group, fleet: Fleet, report: Report, interrupt: Interrupt
+) -> list[Opened]:
+    """Every host's program, with its data and what it compiles."""
+    report.phase("start", "reading the text")
+    hosts.collect(hosts.tokenise(group, config), interrupt.asked)
+    report.phase("start", "compiling")
+    call = hosts.open_programs(group, config, folder)
+    planned = faults.plan(config.chaos, config.train.steps, len(group.workers))
+    chaos.strike(planned, "compile", group, fleet, report)
+    return hosts.collect(call, interrupt.asked)
+
+
 def left_waiting(early: Exception, report: Report) -> Exit:
     """The run ends while it waits for slices or hosts: the user asked for that, or they do not come."""
     if isinstance(early, StoppedError):
@@ -141,59 +163,3 @@ def left_waiting(early: Exception, report: Report) -> Exit:
     report.event("give_up", reason=str(early))
     report.screen.say(f"gave up: {early}")
     return Exit.GAVE_UP
-
-
-def train(
-    config: Config, group: Group, opened: list[Opened], fleet: Fleet, report: Report, interrupt: Interrupt
-) -> Exit | Evidence:
-    """Keeps two windows in flight until the last step. All is saved when it returns: FINISHED, STOPPED, or what says
-    that the run must move on.
-    """
-    assert report.facts is not None
-    left: Exit | Evidence | None = None
-    looked_at, spent = time.monotonic(), False
-    planned = faults.plan(config.chaos, config.train.steps, len(group.workers))
-    saves = Saves(max(rundir.committed(report.folder), default=0))
-    pipeline = Pipeline(config, group, report, report.facts.step, saves)
-    attaching: Attaching | None = fleets.request_memory(
-        fleet, group, opened, 0.0 if report.facts.fresh else fleets.PATIENCE_S
-    )
-    pipelines.send_due(pipeline)
-    while True:
-        # A run that begins makes its first step before anything else.
-        if attaching and (pipeline.sent or not report.facts.fresh) and attaching.ready():
-            pipelines.send_keep(pipeline, attaching, opened)
-            attaching = None
-        if time.monotonic() - looked_at > LOOK_EVERY_S:
-            left, looked_at = fleets.reason_to_leave(fleet), time.monotonic()
-            spent = stop_spending(report)
-        left = Exit.STOPPED if interrupt.asked() or spent else pipeline.notice or left
-        goes_on = pipeline.step < config.train.steps and not left and not pipeline.halted
-        if goes_on and pipelines.windows(pipeline) < WINDOWS_IN_FLIGHT:
-            pipelines.send_window(pipeline)
-            if pipeline.saving:
-                chaos.strike(planned, "save", group, fleet, report)
-                pipeline.saving = False
-            continue
-        if not pipeline.sent:
-            break
-        pipelines.take(pipeline)
-        if pipeline.halted and not pipeline.sent:
-            rewind.rewind(pipeline, opened, fleet)
-        chaos.strike(planned, "step", group, fleet, report)
-        if pipeline.step_s and not attaching:
-            fleets.start_spares(fleet)
-    report.phase("save", f"saving step {pipeline.step}")
-    pipelines.save_last(pipeline, patient=left in (None, Exit.STOPPED) or pipeline.step == config.train.steps)
-    return Exit.FINISHED if pipeline.step == config.train.steps else left or Exit.STOPPED
-
-
-def stop_spending(report: Report) -> bool:
-    """Whether the run has had its chip-hours; says so."""
-    if not report.is_spent():
-        return False
-    limit = report.config.cluster.max_chip_hours
-    said = f"cluster.max_chip_hours={limit:g}: used up, {report.chip_hours():.2f}; a resumed run needs a larger one"
-    report.event("spent", reason=said)
-    report.screen.say(said)
-    return True

@@ -39,12 +39,22 @@ def program() -> Program:
             rope_base=10000.0,
             norm_eps=1e-6,
         ),
-        data=Data(source="stdlib", path=None, text_key="text", tokenizer="byte", sequence=16, eval_fraction=0.1),
+        data=Data(
+            source="stdlib",
+            path=None,
+            text_key="text",
+            tokenizer="byte",
+            sequence=16,
+            eval_fraction=0.1,
+            max_document_mb=128,
+        ),
         mesh=Mesh(replica=1, fsdp=1, tensor=1),
         optim=Optim(
             lr=1e-2,
             schedule="cosine",
             warmup_steps=2,
+            decay_steps=10,
+            wsd_decay_steps=None,
             final_lr_ratio=0.1,
             beta1=0.9,
             beta2=0.95,
@@ -62,8 +72,9 @@ def program() -> Program:
             remat="none",
             loss_chunk=8,
             init_from=None,
+            reduce_dtype="auto",
         ),
-        eval=Eval(every=0, batches=1),
+        eval=Eval(every=0, rows=8, sets=None),
         checkpoint=Checkpoint(
             every=0,
             every_minutes=0.0,
@@ -75,6 +86,7 @@ def program() -> Program:
         ),
         profile=Profile(steps=()),
         guard=Guard(action="skip", spike_sigmas=0.0, warmup=100, rollback_steps=1, budget=10),
+        evaluate=None,
     )
 
 

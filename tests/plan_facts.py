@@ -13,6 +13,7 @@ FACTS: dict[str, Any] = {
     "needed_bytes": 100,
     "optimal_s": 3.3,
     "compile_s": 1.0,
+    "programs_bytes": {"eval": 60, "init": 40},
     "cost": {
         "flops": 459e12,
         "hbm_bytes": 2765e9,
@@ -22,5 +23,6 @@ FACTS: dict[str, Any] = {
         "cycles_s": 25.0,
         "sent_bytes": {"fsdp": {"all-gather": 6e9}},
         "network_s": 0.5,
+        "gradients_s": 0.1,
     },
 }

@@ -18,7 +18,7 @@ from orchestrator.record import rundir
 TOP = Path(__file__).parents[1]
 DEADLINE_S = 240.0
 # Small corpora tokenise at once; compiled programs are shared by the tests of one session.
-SMALL = ["train.steps=40", "checkpoint.every=10", "eval.every=20", "eval.batches=2", "optim.warmup_steps=5"]
+SMALL = ["train.steps=40", "checkpoint.every=10", "eval.every=20", "eval.rows=16", "optim.warmup_steps=5"]
 # A run that others are held against: the fixture `undisturbed`.
 STEPS = 60
 RUN = [f"train.steps={STEPS}", "checkpoint.every=20", "eval.every=0", "train.dtype=float32", "wandb.mode=disabled"]

@@ -11,7 +11,15 @@ TEXTS = [f"document {number:03d}" for number in range(200)]
 
 
 def config(path: Path, **changes: object) -> Data:
-    base = Data(source="text", path=str(path), text_key="text", tokenizer="byte", sequence=SEQUENCE, eval_fraction=0.1)
+    base = Data(
+        source="text",
+        path=str(path),
+        text_key="text",
+        tokenizer="byte",
+        sequence=SEQUENCE,
+        eval_fraction=0.1,
+        max_document_mb=1,
+    )
     return replace(base, **changes)
 
 

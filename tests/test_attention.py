@@ -54,3 +54,24 @@ def test_blocked_equals_plain(window: int | None, heads: tuple[int, int]) -> Non
     inputs = draw(300, *heads)
     for ours, want in zip(outputs(attention_cpu.attend, inputs, window), outputs(plain, inputs, window), strict=True):
         np.testing.assert_allclose(ours, want, atol=3e-5)
+
+
+@pytest.mark.parametrize("H", [16, 64, 128, 256])
+def test_splash_takes_every_length(H: int) -> None:
+    """Shapes alone: the kernel refuses blocks that do not divide each other when it is built."""
+    for T in [1, 2, 100, 127, 128, 129, *range(256, 1025, 64), 513, 700, 897, 1000, 1100, 1537, 2048, 3000, 4096, 8192]:
+        q, kv = (jax.ShapeDtypeStruct((1, T, heads, H), jnp.bfloat16) for heads in (2, 1))
+        segment_BT = jax.ShapeDtypeStruct((1, T), jnp.int32)
+
+        def gradient(q: jax.Array, k: jax.Array, v: jax.Array, segment_BT: jax.Array) -> tuple[jax.Array, ...]:
+            run = partial(attention_tpu.attend, window=4096, cap=50.0)
+            return jax.grad(lambda *qkv: jnp.sum(run(*qkv, segment_BT)), (0, 1, 2))(q, k, v)
+
+        assert jax.eval_shape(gradient, q, kv, kv, segment_BT)[0].shape == q.shape
+
+
+def test_splash_equals_plain_where_the_block_is_no_power_of_two() -> None:
+    inputs = draw(600, 2, 1, B=1)  # one block of 640, computed by 128
+    got = outputs(partial(attention_tpu.attend, interpret=True), inputs, 200)
+    for ours, want in zip(got, outputs(plain, inputs, 200), strict=True):
+        np.testing.assert_allclose(ours, want, atol=3e-5)

@@ -12,7 +12,7 @@ from orchestrator.record import rundir
 from tests.runs import assert_same_run, finish, goodput, launch, losses
 
 STEPS = 300
-RUN = [f"train.steps={STEPS}", "checkpoint.every=20", "eval.every=100", "eval.batches=2", "optim.warmup_steps=5"]
+RUN = [f"train.steps={STEPS}", "checkpoint.every=20", "eval.every=100", "eval.rows=16", "optim.warmup_steps=5"]
 OFF = Chaos(faults=(), random=0, kinds=("worker",), phases=("step",), seed=0)
 
 

@@ -1,5 +1,6 @@
 """The border of the configuration: every choice crosses, everything wrong is refused by name."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from gemma.config import ConfigError, Mesh, fill
-from orchestrator.change import Kind, changes, kind_of, refuse
+from gemma.schedule import rate
+from orchestrator.change import Change, Kind, changes, extending, kind_of, rates, refuse
 from orchestrator.config import Config, flatten, from_container, typed_keys
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -39,9 +41,9 @@ def test_every_choice_of_every_group_crosses_into_config(choice: str) -> None:
 
 
 def test_the_yaml_holds_every_key_of_config_and_no_other() -> None:
-    """A provider's section is there with that provider, and null with others."""
+    """A provider's section is there with that provider, and null with others; evaluate's with launch.evaluate."""
     found = {key for kind in ("local", "gcp", "gke") for key in flatten(container(f"cluster={kind}"))}
-    assert found == {key for key, _ in typed_keys(Config)}
+    assert found == {key for key, _ in typed_keys(Config) if not key.startswith("evaluate.")}
     assert container()["cluster"]["gcp"] is container()["cluster"]["gke"] is None
 
 
@@ -159,26 +161,73 @@ def test_a_mesh_that_does_not_fit_says_what_would(mesh: tuple[int, int, int], ex
         fill(Mesh(*mesh), 8)
 
 
-@pytest.mark.parametrize(
-    ("key", "kind"),
-    [
-        ("train.steps", Kind.SAFE),
-        ("wandb.mode", Kind.SAFE),
-        ("checkpoint.every", Kind.SAFE),
-        ("optim.lr", Kind.TRAINING),
-        ("guard.action", Kind.TRAINING),
-        ("mesh.fsdp", Kind.RESHARDING),
-        ("cluster.slice", Kind.RESHARDING),
-        ("train.seed", Kind.DATA),
-        ("train.batch", Kind.DATA),
-        ("data.sequence", Kind.DATA),
-        ("data.path", Kind.DATA),
-        ("model.width", Kind.FORBIDDEN),
-        ("run.id", Kind.FORBIDDEN),
-    ],
-)
-def test_a_resumed_run_s_changes_are_classified(key: str, kind: Kind) -> None:
-    assert kind_of(key) is kind
+def resumed(base: dict[str, Any], **new: Any) -> tuple[Config, Config, list[Change]]:
+    """The run before and after a resume with other values, and what it changes."""
+    old = asdict(from_container(base))
+    container = {**base, "optim": dict(old["optim"])}
+    for key, value in new.items():
+        section, _, name = key.partition("__")
+        container[section] = {**container[section], name: value}
+    config = from_container(container)
+    return from_container(base), config, changes(flatten(old), flatten(asdict(config)))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
+@pytest.mark.parametrize("steps", [401, 800, 100000])
+def test_more_steps_are_safe_and_leave_the_rate_of_every_step_as_it_was(schedule: str, steps: int) -> None:
+    before, after, found = resumed(container(f"optim.schedule={schedule}", "train.steps=400"), train__steps=steps)
+    assert [(c.key, c.kind) for c in found] == [("train.steps", Kind.SAFE)]
+    assert before.optim == after.optim  # so the step's program is the same as well
+    last, first = rate(before.optim, 399), rate(after.optim, 400)
+    assert abs(first - last) < 0.03 * before.optim.lr
+    assert f"learning rate of step 401: {first:.3g} as before" in rates(before.optim, after.optim, 400, steps)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
+def test_no_change_that_alters_a_rate_to_come_is_safe(schedule: str) -> None:
+    """Of every key there is: of those that are safe, none is one that the schedule is made of."""
+    values = {"lr": 1e-3, "schedule": "linear", "warmup_steps": 100, "decay_steps": 600, "wsd_decay_steps": 200}
+    values |= {"final_lr_ratio": 0.5}
+    if schedule == "linear":
+        values["schedule"] = "cosine"
+    altered = 0
+    for name, value in values.items():
+        base = container(f"optim.schedule={schedule}", "train.steps=400")
+        before, after, found = resumed(base, **{f"optim__{name}": value})
+        same = all(rate(before.optim, step) == rate(after.optim, step) for step in range(0, 1000, 5))
+        altered += not same
+        assert same or {c.kind for c in found} == {Kind.TRAINING}
+    assert altered >= 2
+
+
+def test_a_jump_of_the_rate_is_printed() -> None:
+    before, after, _ = resumed(container("train.steps=400"), train__steps=800, optim__decay_steps=800)
+    assert rates(before.optim, after.optim, 400, 800) == (
+        f"learning rate of step 401: 0.0003 -> {rate(after.optim, 400):.3g}; of step 800, the last: 0.0003"
+    )
+    assert rate(after.optim, 400) > 5 * rate(before.optim, 400)
+
+
+@pytest.mark.parametrize("overrides", [[], ["optim.schedule=wsd"], ["optim.schedule=constant"], ["train.steps=3"]])
+def test_the_values_proposed_after_a_finished_run_are_allowed(overrides: list[str]) -> None:
+    base = container(*overrides)
+    config = from_container(base)
+    text = extending(config.optim, config.train.steps)
+    proposed = dict(word.split("=") for word in text.split() if word.startswith("optim.") and "=" in word)
+    more = {"train.steps": str(2 * config.train.steps), **proposed}
+    _, after, found = resumed(base, **{k.replace(".", "__"): int(v) if v.isdigit() else v for k, v in more.items()})
+    refuse(found, False)
+    assert rate(after.optim, config.train.steps) == rate(config.optim, config.train.steps)
+
+
+def test_every_key_has_a_kind_and_what_makes_the_model_or_the_data_is_never_safe() -> None:
+    kinds = {key: kind_of(key) for key, _ in typed_keys(Config)}
+    for section in ("model", "data", "optim", "mesh", "guard"):
+        assert Kind.SAFE not in {kind for key, kind in kinds.items() if key.startswith(f"{section}.")}
+    for section in ("eval", "checkpoint", "profile", "wandb", "timeout", "retry"):
+        assert {kind for key, kind in kinds.items() if key.startswith(f"{section}.")} == {Kind.SAFE}
+    never_safe = {"train.seed", "train.batch", "train.dtype", "train.accumulation", "train.init_from", "run.id"}
+    assert not {key for key in never_safe if kinds[key] is Kind.SAFE}
 
 
 @pytest.mark.parametrize(

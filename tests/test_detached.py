@@ -90,7 +90,7 @@ def test_a_run_outlives_who_submitted_it_and_is_watched_stopped_and_resumed_from
     from orchestrator import jobs
 
     folder, cluster = place.root / "away", f"cluster.dashboard={place.dashboard}"
-    (place.checkout / "orchestrator/page/bars.py").open("a").write("# a change\n")
+    (place.checkout / "orchestrator/page/page.py").open("a").write("# a change\n")
     (place.checkout / "orchestrator/fresh.py").write_text("# a new file\n")
     commit = git(place.checkout, "rev-parse", "HEAD")
     where = ["cluster=ray", f"cluster.address={place.address}", cluster, "detach=true", f"run.root={place.root}"]

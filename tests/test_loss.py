@@ -50,6 +50,18 @@ def test_chunks_of_any_size_give_the_value_and_gradient_of_all_logits(chunk: int
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, want)
 
 
+def test_the_embeddings_gradient_is_summed_over_chunks_in_float32() -> None:
+    """512 chunks that each add about as much: in bfloat16 the sum would stand still at half."""
+    x_BTD = jnp.full((1, 2048, 2), 0.7, jnp.bfloat16)
+    embedding_VD = jnp.zeros((8, 2), jnp.float32)
+    target_BT, weight_BT = jnp.zeros((1, 2048), jnp.int32), jnp.ones((1, 2048), jnp.float32)
+    loss = partial(cross_entropy_sum, cap=CAP, chunk=4)
+    got_VD = jax.jit(jax.grad(loss, argnums=1))(x_BTD, embedding_VD, target_BT, weight_BT)
+    slope_V = np.full(8, 1 / 8) - (np.arange(8) == 0)  # of equal logits
+    want_VD = 2048 * slope_V[:, None] * float(jnp.bfloat16(0.7)) * np.ones(2)
+    np.testing.assert_allclose(got_VD, want_VD, rtol=1e-4)
+
+
 def shapes_in(jaxpr: jax.extend.core.Jaxpr) -> Iterator[tuple[int, ...]]:
     """Of everything a program computes, in its loops and calls too."""
     for equation in jaxpr.eqns:

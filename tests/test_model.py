@@ -16,7 +16,7 @@ from flax import nnx
 
 from gemma.config import Model
 from gemma.model.attention import attend, rope
-from gemma.model.transformer import Block, Gemma, positions, rms_norm
+from gemma.model.transformer import Block, Gemma, lookup, positions, rms_norm
 from tests import gemma_reference
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
@@ -83,7 +83,9 @@ def draw_tokens(config: Model, *shape: int) -> np.ndarray:
 def one_block(config: Model, *, local: bool) -> Block:
     """A block with the weights of a single pair, as the scan hands it out."""
     params = random_params(config)["pairs"]["local_block" if local else "global_block"]
-    graph, _ = nnx.split(nnx.eval_shape(lambda: Block(config, local=local, platform="cpu", rngs=nnx.Rngs(0))))
+    graph, _ = nnx.split(
+        nnx.eval_shape(lambda: Block(config, local=local, platform="cpu", reduce_dtype="float32", rngs=nnx.Rngs(0)))
+    )
     return nnx.merge(graph, jax.tree.map(lambda x: jnp.asarray(x[0]), params))
 
 
@@ -126,7 +128,7 @@ def test_bfloat16_embeddings_are_scaled_by_the_rounded_root_of_width() -> None:
         block["norms_P4D"] = np.full_like(block["norms_P4D"], -1.0)  # every block adds 0
     graph, _ = graph_and_shapes(SMALL, "bfloat16")
     x_BTD, embedding_VD = nnx.merge(graph, params).hidden(tokens_BT, jnp.zeros_like(tokens_BT))
-    scaled_BTD = embedding_VD[tokens_BT] * jnp.bfloat16(20**0.5)
+    scaled_BTD = embedding_VD.astype(jnp.bfloat16)[tokens_BT] * jnp.bfloat16(20**0.5)
     np.testing.assert_array_equal(x_BTD, rms_norm(scaled_BTD, jnp.zeros(20), 1e-6))
 
 
@@ -218,3 +220,24 @@ def test_query_scales_are_the_published_ones(name: str, divisor: float) -> None:
 
 def published(name: str) -> Model:
     return Model(**yaml.safe_load((CONF / f"{name}.yaml").read_text())["model"])
+
+
+@pytest.mark.parametrize("V", [200_000, 9], ids=["vocabulary larger than the batch", "smaller"])
+def test_an_embeddings_gradient_is_summed_in_float32_and_rounded_once(V: int) -> None:
+    """In bfloat16 a sum stands still once it is 256 times an addend: a token met 30,000 times had lost most of it."""
+    times = [1, 3, 256, 1_000, 3_000, 10_000, 30_000]
+    tokens_BT = np.repeat(np.arange(len(times)) + V - 9, times).reshape(1, -1)
+    tokens_BT = np.random.default_rng(0).permutation(tokens_BT, axis=1)
+    dx_BTD = jnp.asarray(np.random.default_rng(1).normal(0.3, 1.0, (*tokens_BT.shape, 2)), jnp.bfloat16)
+    want_VD = np.zeros((V, 2))
+    np.add.at(want_VD, tokens_BT[0], np.asarray(dx_BTD[0], np.float64))
+
+    @jax.jit
+    def gradient(tokens_BT: jax.Array, dx_BTD: jax.Array) -> jax.Array:
+        embedding_VD = jnp.zeros((V, 2), jnp.float32)
+        return jax.vjp(lambda e_VD: lookup("bfloat16", "bfloat16", e_VD, tokens_BT), embedding_VD)[1](dx_BTD)[0]
+
+    got_VD = gradient(tokens_BT, dx_BTD)
+    np.testing.assert_allclose(
+        got_VD, want_VD, rtol=2**-8, atol=1e-4
+    )  # bfloat16 has 8 bits: half of the last, and some

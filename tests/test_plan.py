@@ -127,11 +127,28 @@ def test_copies_of_the_state_count_and_may_be_what_does_not_fit() -> None:
     assert plan.make(composed(off), facts, [], False).fits
 
 
+def test_the_program_that_needs_most_decides_and_is_named() -> None:
+    made = plan.make(composed(LARGE), FACTS | {"programs_bytes": {"eval": int(96e9), "init": 40}}, [], False)
+    assert (made.fits, made.largest, made.programs_bytes["train"]) == (False, "eval", 160)
+    assert "96.00 GB of 95 GB HBM a chip, by the program `eval`" in lines(made)[0]
+
+
+def test_the_other_dtype_of_gradients_is_priced_beside_the_one_that_was_compiled() -> None:
+    sent = {"fsdp": {"all-gather": 6e9, "reduce-scatter": 3e9}}
+    made = plan.make(composed(LARGE), FACTS | {"cost": FACTS["cost"] | {"sent_bytes": sent}}, [], False)
+    assert made.gradients["bfloat16"] == {"sent_bytes": 3e9, "network_s": 0.1}
+    assert made.gradients["float32"] == {"sent_bytes": 6e9, "network_s": 0.2}
+    assert any(line.startswith("gradients   summed over fsdp in bfloat16 3.00 GB, 0.100 s;") for line in lines(made))
+
+
 @needs_compiler
 def test_a_plan_says_what_was_asked(compiled: tuple[Path, dict[str, Any]]) -> None:
     found = compiled[1]
     parts = found["hbm_bytes"]
     assert found["fits"] is True
+    assert set(found["programs_bytes"]) == {"train", "eval", "init", "pack", "unpack", "sums", "copy"}
+    assert all(size >= parts["parameters"] for size in found["programs_bytes"].values())
+    assert found["programs_bytes"]["eval"] >= parts["parameters"] + parts["optimizer"]
     assert found["parameters"] == {"embedding": 272 * 64, "other": 74304}
     assert parts["total"] == sum(size for name, size in parts.items() if name != "total")
     assert parts["optimizer"] == pytest.approx(2 * parts["parameters"], rel=0.01)

@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.programs.window import MOST_STEPS, deadline_s, due, snapshot_every, window_end
 from orchestrator.recovery.outcome import Evidence, Outcome, classify
-from orchestrator.recovery.policy import Failure, GiveUp, Restart, decide
+from orchestrator.recovery.policy import MOST_FREE, RETRIED, Failure, GiveUp, Restart, decide
 
 BROKEN = "JaxRuntimeError"
 OOM = "RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes"
@@ -43,6 +43,7 @@ DEAD = Evidence(1, died=True, time=5.0)
         ([Evidence(0, exception=BROKEN, message="peer"), Evidence(1, exception=BROKEN, message=OOM)], Outcome.ERROR, 1),
         ([Evidence(0, exception=BROKEN), Evidence(1, exception="ConfigError", message="x")], Outcome.BAD_INPUT, 1),
         ([Evidence(0, exception="KeyError"), Evidence(1, exception="CheckpointError")], Outcome.CHECKPOINT, 1),
+        ([Evidence(0, exception="LostError", message="40 was committed and is gone")], Outcome.LOST, 0),
         ([Evidence(0, exception="SnapshotError")], Outcome.SNAPSHOT, 0),
         ([Evidence(0, exception="Diverged")], Outcome.DIVERGED, 0),
         ([Evidence(0, exception="ConfigError"), Evidence(1, died=True)], Outcome.HOST_DIED, 1),
@@ -87,21 +88,53 @@ def test_the_budget_counts_failures_since_the_last_new_commit(
 
 @pytest.mark.parametrize("outcome", Outcome)
 def test_only_what_another_try_can_mend_is_tried_again(outcome: Outcome) -> None:
-    final = {Outcome.ERROR, Outcome.BAD_INPUT, Outcome.DIVERGED}
-    decision = decide([Failure(outcome, "x", 7, 0, others=1)], 9)
+    final = {Outcome.ERROR, Outcome.BAD_INPUT, Outcome.DIVERGED, Outcome.LOST}
+    decision = decide([Failure(outcome, "x", 7, 0, left=1)], 9)
     assert isinstance(decision, GiveUp) is (outcome in final)
 
 
 def test_an_unreadable_checkpoint_is_passed_over_while_an_older_one_is_left() -> None:
-    history = [Failure(Outcome.CHECKPOINT, "x", 0, None, others=others) for others in (2, 1, 0)]
+    history = [Failure(Outcome.CHECKPOINT, "x", 0, None, left=left) for left in (2, 1, 0)]
     assert [type(decide(history[:n], 0)) for n in (1, 2, 3)] == [Restart, Restart, GiveUp]
 
 
-def test_preemptions_are_free_however_many() -> None:
-    history = [Failure(Outcome.PREEMPTED, "preempted", 7, 7)] * 50
+def tries(failure: Failure, budget: int) -> int:
+    """How often the same failure, without any progress, is answered by a restart."""
+    history = [failure]
+    while isinstance(decide(history, budget), Restart):
+        history.append(failure)
+        assert len(history) < 1000, "without a bound"
+    return len(history) - 1
+
+
+@pytest.mark.parametrize("left", [0, 1, 5])
+@pytest.mark.parametrize("committed", [None, 7])
+@pytest.mark.parametrize("outcome", Outcome)
+def test_nothing_is_tried_again_for_ever_without_progress(outcome: Outcome, committed: int | None, left: int) -> None:
+    assert tries(Failure(outcome, "x", 7, committed, left), 3) <= MOST_FREE
+
+
+def test_failures_that_take_turns_without_progress_end_too() -> None:
+    kinds = [Failure(outcome, outcome.value, 7, 7, left=3) for outcome in RETRIED]
+    history: list[Failure] = []
+    for failure in kinds * 100:
+        history.append(failure)
+        if isinstance(decide(history, 3), GiveUp):
+            return
+    pytest.fail("without a bound")
+
+
+def test_preemptions_between_which_the_run_gets_on_are_free_however_many() -> None:
+    history = [Failure(Outcome.PREEMPTED, "preempted", step, step) for step in range(200)]
+    assert all(isinstance(decide(history[:n], 0), Restart) for n in range(1, 201))
+
+
+def test_preemptions_do_not_count_against_the_budget_of_failures() -> None:
+    history = [Failure(Outcome.PREEMPTED, "preempted", 7, 7)] * MOST_FREE
     assert isinstance(decide(history, 0), Restart)
     assert isinstance(decide([*history, died(7)], 1), Restart)
     assert isinstance(decide([died(7), *history, died(7)], 1), GiveUp)
+    assert "30 are allowed" in decide([*history, history[0]], 0).reason
 
 
 OWN = [Outcome.HOST_CRASHED, Outcome.OUT_OF_MEMORY, Outcome.HANG, Outcome.PEER_LOST]

@@ -142,7 +142,7 @@ def test_a_run_id_is_taken_once(tmp_path: Path) -> None:
 
 def test_the_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
     code = (
-        "import sys, time, pathlib; from orchestrator import rundir;"
+        "import sys, time, pathlib; from orchestrator.record import rundir;"
         "held = rundir.lock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=TOP, stdout=subprocess.PIPE)
@@ -213,5 +213,6 @@ def test_no_step_is_left_without_its_line_where_a_checkpoint_is_ahead_of_the_con
 
     for done in committed:
         (tmp_path / "checkpoints" / str(done)).mkdir(parents=True)
-    rundir.Appender(tmp_path / "metrics.jsonl").write({"step": reported})
+    rundir.Appender(tmp_path / "metrics.jsonl").write({"step": reported, "attempt": 1})
+    rundir.Appender(tmp_path / "events.jsonl").write({"event": "start", "attempt": 1, "step": 0})
     assert newest_checkpoint(tmp_path) == step

@@ -1,6 +1,7 @@
 """What the controller makes of saves: only what is on disk is announced, what failed is tried again, not too often."""
 
 import io
+import os
 import subprocess
 import sys
 import time
@@ -153,8 +154,8 @@ def test_a_disk_that_takes_nothing_is_told_once_and_what_is_lost_at_the_end(tmp_
 
 
 def test_a_host_whose_log_is_on_a_full_disk_prints_on() -> None:
-    code = "from orchestrator import worker; worker.redirect('/dev/full'); print('x' * 100_000, flush=True)"
-    code += "; assert worker.told(int, 'x').exception == 'ValueError'"
+    code = "from orchestrator.hosts import worker; worker.redirect('/dev/full'); print('x' * 100_000, flush=True)"
+    code += "; assert worker.caught(int, 'x').exception == 'ValueError'"
     subprocess.run([sys.executable, "-c", code], cwd=TOP, check=True)
 
 
@@ -167,6 +168,6 @@ def test_a_run_that_cannot_write_its_manifest_is_refused_with_the_path(
         raise OSError(28, "No space left on device")
 
     found = manifest.new(with_id(config_of(), "some", str(tmp_path)), [])
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ConfigError, match=rf"cannot write {tmp_path}/manifest.json \(No space left on device\)"):
         rundir.write_manifest(tmp_path, found)

@@ -7,15 +7,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
 from flax import nnx
 
 from gemma.config import Mesh, Model, Program
-from gemma.model.sharding import RULES, make_mesh, spec, stages
+from gemma.model.sharding import EMBEDDING_AXES, RULES, gather_weight, make_mesh, spec, stages
 from gemma.model.transformer import Gemma
 from gemma.plan import flops, hlo
 from gemma.plan.hlo_cost import Place, cost
@@ -74,8 +76,8 @@ def run(program: Program) -> Run:
     """Metrics of 5 steps by mesh, accumulation and remat; each way runs once."""
 
     @cache
-    def steps(mesh: Mesh, accumulation: int = 1, remat: str = "none") -> np.ndarray:
-        train = replace(program.train, accumulation=accumulation, remat=remat)
+    def steps(mesh: Mesh, accumulation: int = 1, remat: str = "none", reduce_dtype: Any = "auto") -> np.ndarray:
+        train = replace(program.train, accumulation=accumulation, remat=remat, reduce_dtype=reduce_dtype)
         ours = replace(program, mesh=mesh, train=train)
         devices = jax.devices()[: np.prod(mesh.shape)]
         grid = make_mesh(mesh) if len(devices) == 8 else jax.sharding.Mesh(np.array(devices).reshape(mesh.shape), AXES)
@@ -142,6 +144,53 @@ def test_what_travels_along_fsdp_is_divided_by_tensor(program: Program, shape: t
     assert 0 < sent["fsdp"]["all-gather"] <= 2 * (embedding + other) * a_pass
     assert 0 < sent["fsdp"]["reduce-scatter"] <= (2 * embedding + other) * a_pass
     assert set(sent["tensor"]) == {"all-reduce"}
+
+
+def test_an_evaluation_in_microbatches_is_one_of_the_whole_batch(program: Program) -> None:
+    """And takes the memory of a microbatch."""
+    found, temporary = [], []
+    for accumulation in (1, 4):
+        train = replace(program.train, batch=32, accumulation=accumulation, loss_chunk=16)
+        ours = replace(program, mesh=Mesh(2, 2, 2), train=train)
+        grid = make_mesh(ours.mesh)
+        step = functions(ours, grid)
+        compiled = step.eval.lower(step.state.params, step.batch).compile()
+        tokens_BU = a_batch(ours, 0)
+        found.append(compiled(step.init().params, data.place(step.batch, lambda a, b, t=tokens_BU: t[a:b])))
+        temporary.append(compiled.memory_analysis().temp_size_in_bytes)
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+    assert temporary[1] < 0.5 * temporary[0]
+
+
+def relative_error(program: Program, reduce_dtype: Any) -> float:
+    """Of the sum over eight devices of a weight's gradient that each has in bfloat16, against one in float64."""
+    grid = make_mesh(Mesh(1, 8, 1))
+    x_VD = np.random.default_rng(0).normal(1.0, 0.3, (8, 64, 16)).astype(jnp.bfloat16)
+
+    def summed(part_1VD: jax.Array) -> jax.Array:
+        _, vjp = jax.vjp(lambda w: gather_weight(w, EMBEDDING_AXES, "bfloat16", reduce_dtype), jnp.zeros((64, 2)))
+        return vjp(part_1VD[0])[0]
+
+    cut, out = jax.P(("fsdp",)), jax.P(None, "fsdp")
+    run = jax.shard_map(summed, mesh=grid, in_specs=cut, out_specs=out, axis_names={"fsdp"}, check_vma=False)
+    got_VD = np.asarray(jax.jit(run)(x_VD), np.float64)
+    want_VD = x_VD.astype(np.float64).sum(0)
+    return float(np.sqrt(np.mean(np.square(got_VD / want_VD - 1))))
+
+
+def test_gradients_summed_in_float32_are_not_rounded_on_the_way(program: Program) -> None:
+    assert relative_error(program, "float32") < 1e-6
+    assert 1e-4 < relative_error(program, "bfloat16") < 1e-2
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)], ids=str)
+def test_bfloat16_sums_change_a_steps_gradient_a_little_and_float32_sums_do_not(
+    run: Run, shape: tuple[int, int, int]
+) -> None:
+    """Of a program that computes in float32, so that nothing else is rounded."""
+    norms = {name: run(Mesh(*shape), reduce_dtype=name)[0, 1] for name in ("auto", "float32", "bfloat16")}
+    assert norms["float32"] == norms["auto"]
+    assert 0 < abs(norms["bfloat16"] / norms["auto"] - 1) < 1e-2
 
 
 STAGED = """

@@ -2,8 +2,7 @@
 
 import gzip
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from gemma.config import ConfigError, Data
-from gemma.text import corpus, tokenizer, tokens
+from gemma.text import corpus, documents, files, token_cache, tokenise, tokenizer, tokens
 from gemma.text.tokenizer import BOS, BYTE_OFFSET, EOS, PAD
 from tests.small_text import BATCH, TEXTS, VOCAB, config, write_jsonl
 
@@ -67,6 +66,12 @@ def test_the_fingerprint_tells_other_tokens(tmp_path: Path) -> None:
 # Sources
 
 
+def read(data: Data) -> list[str]:
+    """Every text that `data` names."""
+    how = documents.reading(data)
+    return [text for path in files.listing(data).files for text in documents.read(path, how, documents.Repaired())]
+
+
 def write_sources(root: Path) -> None:
     (root / "deep").mkdir(parents=True)
     (root / "a.txt").write_text("plain")
@@ -93,16 +98,16 @@ def write_sources(root: Path) -> None:
 def test_a_path_names_a_file_a_directory_or_a_glob(tmp_path: Path, path: str, texts: list[str]) -> None:
     write_sources(tmp_path / "root")
     chosen = config(tmp_path / "root" / path)
-    assert [text for file in corpus.files(chosen) for text in corpus.documents(file, "text")] == texts
+    assert read(chosen) == texts
 
 
 def test_text_key_names_the_field(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "no", "content": "yes"}\n')
-    assert list(corpus.documents(tmp_path / "a.jsonl", "content")) == ["yes"]
+    assert read(config(tmp_path / "a.jsonl", text_key="content")) == ["yes"]
 
 
 def test_stdlib_needs_no_file() -> None:
-    assert len(corpus.files(replace(config(Path("x")), source="stdlib", path=None))) > 100
+    assert len(files.listing(replace(config(Path("x")), source="stdlib", path=None)).files) > 100
 
 
 # Refusals
@@ -196,14 +201,13 @@ def test_the_key_holds_what_the_tokens_depend_on(tmp_path: Path, changes: dict[s
 def test_a_second_opening_tokenises_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     first = tokens.open_tokens(config(path), tmp_path / "cache", VOCAB)
-    monkeypatch.delattr(tokens, "build")
+    monkeypatch.delattr(tokenise, "build")
     again = tokens.open_tokens(config(path), tmp_path / "cache", VOCAB)
     np.testing.assert_array_equal(again.train, first.train)
 
 
-@pytest.mark.parametrize("killed", [False, True], ids=["an-exception", "a-kill"])
 def test_a_build_that_dies_leaves_nothing_to_be_taken_for_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, cache = write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
 
@@ -211,14 +215,123 @@ def test_a_build_that_dies_leaves_nothing_to_be_taken_for_whole(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(tokens, "balance", die)  # both files are written by then
-        if killed:
-            patched.setattr(shutil, "rmtree", lambda *_, **__: None)  # nobody cleans up
+        patched.setattr(tokenise, "balance", die)  # both files are written by then
         with pytest.raises(KeyboardInterrupt):
             tokens.open_tokens(config(path), cache, VOCAB)
-    assert killed == any(cache.glob("tokens/*.partial-*"))
+    assert any(cache.glob("tokens/*.partial"))
     opened = tokens.open_tokens(config(path), cache, VOCAB)
     assert sorted(texts_of(opened.train) + texts_of(opened.eval)) == TEXTS
+
+
+def grow(path: Path) -> None:
+    with open(path, "ab") as file:
+        file.write(b"}}")
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 2)
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "eval.bin", "meta.json"])
+@pytest.mark.parametrize("damage", [cut, flip, grow, empty, Path.unlink])
+def test_a_damaged_cache_is_made_anew_and_said(
+    tmp_path: Path, damage: Callable[[Path], object], name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, cache = write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
+    sound = tokens.open_tokens(config(path), cache, VOCAB)
+    train, held_out = np.array(sound.train), np.array(sound.eval)
+    (file,) = cache.glob(f"tokens/*/{name}")
+    damage(file)
+    again = tokens.open_tokens(config(path), cache, VOCAB)
+    np.testing.assert_array_equal(again.train, train)
+    np.testing.assert_array_equal(again.eval, held_out)
+    assert again.meta.fingerprint == sound.meta.fingerprint
+    assert "WARNING: the token cache is damaged" in capfd.readouterr().out
+
+
+def test_a_large_cache_is_checked_where_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_cache, "EAGER_BYTES", 0)
+    monkeypatch.setattr(token_cache, "CHUNK_BYTES", 256)
+    path, cache = write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
+    opened = tokens.open_tokens(config(path), cache, VOCAB)
+    (file,) = cache.glob("tokens/*/train.bin")
+    with open(file, "r+b") as raw:
+        raw.seek(5 * 256 + 7)
+        raw.write(b"\xff")
+    opened = tokens.open_tokens(config(path), cache, VOCAB)
+    size = 128  # tokens of two bytes
+    assert len(opened.train[0 : 5 * size]) == 5 * size
+    assert len(opened.train[6 * size :]) == len(opened.train) - 6 * size
+    with pytest.raises(token_cache.DamagedError, match=r"train\.bin: bytes 1280"):
+        opened.train[5 * size - 3 : 5 * size + 1]
+    assert not file.exists()
+
+
+def test_the_fingerprint_is_that_of_what_is_on_disk(opened: tokens.Tokens, tmp_path: Path) -> None:
+    (folder,) = (path.parent for path in tmp_path.glob("cache/tokens/*/meta.json"))
+    assert opened.meta.digests == {name: token_cache.digests(folder / f"{name}.bin") for name in ("train", "eval")}
+    other = replace(opened.meta, digests=opened.meta.digests | {"train": ["0" * 32]})
+    assert other.fingerprint != opened.meta.fingerprint
+
+
+def test_text_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real = write_jsonl(tmp_path / "a.jsonl", TEXTS), tokenise.build
+
+    def build(*args: object) -> None:
+        real(*args)
+        write_jsonl(path, [*TEXTS, "one more"])
+
+    monkeypatch.setattr(tokenise, "build", build)
+    with pytest.raises(ConfigError, match="data.path=.*a.jsonl: changed while it was read"):
+        tokens.open_tokens(config(path), tmp_path / "cache", VOCAB)
+    assert not list(tmp_path.glob("cache/tokens/*/meta.json"))
+
+
+def test_tokenising_goes_on_with_the_file_that_was_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "text"
+    root.mkdir()
+    for number in range(4):
+        write_jsonl(root / f"{number}.jsonl", TEXTS[50 * number : 50 * number + 50])
+    whole = tokens.open_tokens(config(root), tmp_path / "undisturbed", VOCAB)
+    monkeypatch.setattr(tokenise, "SAVED_EVERY_S", 0.0)
+    read, seen = documents.read, []
+
+    def dying(path: Path, *rest: object) -> Iterator[str]:
+        seen.append(path.name)
+        for index, text in enumerate(read(path, *rest)):
+            if seen.count("2.jsonl") == 1 and path.name == "2.jsonl" and index == 30:
+                raise KeyboardInterrupt
+            yield text
+
+    monkeypatch.setattr(documents, "read", dying)
+    monkeypatch.setattr(tokenise, "GROUP_BYTES", 100)
+    with pytest.raises(KeyboardInterrupt):
+        tokens.open_tokens(config(root), tmp_path / "cache", VOCAB)
+    again = tokens.open_tokens(config(root), tmp_path / "cache", VOCAB)
+    assert seen == ["0.jsonl", "1.jsonl", "2.jsonl", "2.jsonl", "3.jsonl"]
+    assert again.meta == whole.meta
+    np.testing.assert_array_equal(again.train, whole.train)
+
+
+def test_who_waits_for_another_to_tokenise_says_for_whom_and_for_how_long(tmp_path: Path) -> None:
+    with (
+        tokenise.lock(tmp_path / "a.lock", 1.0),
+        pytest.raises(TimeoutError, match=f"waited 0 s for process {os.getpid()} on .* to tokenise the same text"),
+        tokenise.lock(tmp_path / "a.lock", 0.1),
+    ):
+        pass
 
 
 # Tokenizers

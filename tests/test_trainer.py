@@ -1,5 +1,6 @@
 """A host's verbs, in one process: which batches a step trains on, and that a state comes back to the bit."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from gemma.config import Mesh, Program
+from gemma.text.order import Order
 from gemma.train.data import Dataset
 from gemma.train.trainer import Trainer
 from tests.small_text import TEXTS, config, write_jsonl
@@ -22,17 +24,17 @@ def trainer(program: Program, tmp_path: Path) -> Trainer:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The steps whose batches are read, in order."""
-    steps: list[int] = []
+    """The first place of each batch that is read, in order."""
+    first: list[int] = []
     read = Dataset.train_rows
 
-    def recording(self: Dataset, step: int, start: int, stop: int) -> np.ndarray:
-        if not steps or steps[-1] != step:
-            steps.append(step)
-        return read(self, step, start, stop)
+    def recording(self: Dataset, places: Sequence[int], start: int, stop: int) -> np.ndarray:
+        if not first or first[-1] != places[0]:
+            first.append(places[0])
+        return read(self, places, start, stop)
 
     monkeypatch.setattr(Dataset, "train_rows", recording)
-    return steps
+    return first
 
 
 def test_step_n_trains_on_batch_n_before_and_after_a_restore(trainer: Trainer, asked: list[int]) -> None:
@@ -42,7 +44,7 @@ def test_step_n_trains_on_batch_n_before_and_after_a_restore(trainer: Trainer, a
     trainer.wait()
     trainer.restore(2)
     rows += trainer.run(2, 4, 2, 0).rows
-    assert asked == [0, 1, 2, 3]
+    assert asked == [0, 8, 16, 24]
     assert [row.step for row in rows] == [1, 2, 3, 4]  # steps done
 
 
@@ -71,3 +73,11 @@ def test_a_trace_holds_its_steps_and_ends_with_the_run(trainer: Trainer, monkeyp
     assert calls[:4] == ["1", "2", "start", "3"]
     assert calls[-1] == "stop"
     assert calls.count("start") == calls.count("stop") == 1
+
+
+def test_a_restored_trainer_goes_on_with_the_rows_that_no_step_before_has_used(
+    trainer: Trainer, asked: list[int]
+) -> None:
+    trainer.restore(None, order=Order(((0, 3), (2, 8)), ((22, 26),)))
+    trainer.run(2, 5, 0, 0)
+    assert asked == [6, 14, 26]  # two steps of three rows went before; the third batch meets the skipped rows

@@ -24,12 +24,18 @@ def rope(x_BTNH: jax.Array, position_BT: jax.Array, base: float, platform: str) 
     angle_BT1h = position_BT[:, :, None, None].astype(jnp.float32) / timescale
     sin, cos = (jnp.concatenate([wave, wave], axis=-1) for wave in (jnp.sin(angle_BT1h), jnp.cos(angle_BT1h)))
     if platform == "tpu":  # lanes do not shift for free: a product with 1 and -1 is exact and rides along
-        turned_BTNH = x_BTNH @ jnp.asarray(quarter_turn(H), x_BTNH.dtype)
+        turn_HH = jnp.asarray(quarter_turn(H), x_BTNH.dtype)
+        turned_BTNH = jnp.matmul(x_BTNH, turn_HH, precision=exact_precision(x_BTNH.dtype))
     else:
         first, second = jnp.split(x_BTNH, 2, axis=-1)
         turned_BTNH = jnp.concatenate([-second, first], axis=-1)
     rotated = x_BTNH.astype(jnp.float32) * cos + turned_BTNH.astype(jnp.float32) * sin
     return rotated.astype(x_BTNH.dtype)
+
+
+def exact_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """At which a product with 1 and -1 is exact on a TPU: by default it rounds float32 factors to bfloat16."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def quarter_turn(H: int) -> np.ndarray:
@@ -66,11 +72,6 @@ def attend(
         from gemma.model import attention_tpu  # Pallas is half a second that no other platform pays
 
         return attention_tpu.attend(q_BTNH, k_BSKH, v_BSKH, segment_BT, window=window, cap=cap)
-    if platform == "gpu":
-        from gemma.model import attention_gpu
-
-        if attention_gpu.serves(q_BTNH, cap):
-            return attention_gpu.attend(q_BTNH, k_BSKH, v_BSKH, segment_BT, window=window, cap=cap)
     if cap <= attention_cpu.LARGEST_CAP:
         return attention_cpu.attend(q_BTNH, k_BSKH, v_BSKH, segment_BT, window=window, cap=cap)
     return plain(q_BTNH, k_BSKH, v_BSKH, segment_BT, window=window, cap=cap)

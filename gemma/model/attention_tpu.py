@@ -76,12 +76,13 @@ def block_sizes(side: int, padded: int) -> splash.BlockSizes:
     That writes a dq for each block of keys and sums them at the end: long blocks of keys halve those bytes.
     """
     keys = 2 * side if padded % (2 * side) == 0 else side
+    compute = next(n for n in (512, 384, 256, LANES) if side % n == 0)  # it must divide the block of keys
     return splash.BlockSizes(
         block_q=side,
         block_kv=side,
-        block_kv_compute=min(side, 512),
+        block_kv_compute=compute,
         block_q_dkv=side,
         block_kv_dkv=keys,
-        block_kv_dkv_compute=min(side, 512),
+        block_kv_dkv_compute=compute,
         use_fused_bwd_kernel=True,
     )

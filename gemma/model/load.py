@@ -46,13 +46,14 @@ def load_hf(folder: str | Path, dtype: str = "float32") -> Gemma:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def load_params(path: str, abstract: Tree) -> Tree:
+def load_params(path: str, abstract: Tree, step: int | None = None) -> Tree:
     """The model's parameters from whatever weights lie at a path, placed and typed as `abstract` says.
 
     Each host reads only what its devices hold. Where the model has more embedding rows than the weights (256128 in
-    JAX's, 256000 in Hugging Face's), the rows behind theirs are zeros. Raises WeightsError.
+    JAX's, 256000 in Hugging Face's), the rows behind theirs are zeros. step: of a run's checkpoints, None the newest.
+    Raises WeightsError.
     """
-    source = open_source(Path(path).expanduser())
+    source = open_source(Path(path).expanduser(), step=step)
     rows = abstract[EMBEDDING].shape[0]
     if rows > source.model.vocab:
         print(f"{path}: {source.model.vocab} embedding rows; the {rows - source.model.vocab} behind them are zeros")

@@ -8,7 +8,9 @@ has a leading P. Each parameter is declared once, with its logical axes; `gemma.
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from gemma.config import Model
 from gemma.model.attention import attend, rope, soft_cap
 from gemma.model.attention_cpu import SAVED
-from gemma.model.sharding import EMBEDDING_AXES, gather, scatter
+from gemma.model.sharding import EMBEDDING_AXES, gather, gather_weight, scatter
 
 # What the backward pass finds again, by the names given below; the rest it makes anew. The wide products, gate and up,
 # take more memory than all others.
@@ -51,9 +53,9 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     return (x32 * (1.0 + scale_D.astype(jnp.float32))).astype(x.dtype)
 
 
-def gathered(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
-    """A weight in the compute dtype, whole along `fsdp`. Cast first: half the bytes travel, of the gradient too."""
-    return gather(param[...].astype(dtype), param.axes[-param.ndim :])  # inside the scan the leading `pairs` is gone
+def float32_means_float32(dtype: str) -> AbstractContextManager[Any]:
+    """A TPU rounds the factors of a float32 product to bfloat16 unless the precision is asked for."""
+    return jax.default_matmul_precision("highest") if dtype == "float32" else nullcontext()
 
 
 def project(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -101,17 +103,18 @@ class Block(nnx.Module):
     first two: on a mesh every array costs a collective a step.
     """
 
-    def __init__(self, config: Model, *, local: bool, platform: str, rngs: nnx.Rngs):
+    def __init__(self, config: Model, *, local: bool, platform: str, reduce_dtype: str, rngs: nnx.Rngs):
         c, P = config, config.layers // 2
-        self.config, self.platform = config, platform
+        self.config, self.platform, self.reduce_dtype = config, platform, reduce_dtype
         self.window = config.window if local else None
         D, N, K, H, F = c.width, c.heads, c.kv_heads, c.head_size, c.hidden
-        self.norms_P4D = scale(pairs=P, which=4, norm=D)  # before and after attention, before and after the MLP
-        self.q_PDNH = weight(rngs, D, pairs=P, width=D, heads=N, head=H)
-        self.kv_P2DKH = weight(rngs, D, pairs=P, which=2, width=D, kv_heads=K, head=H)
-        self.o_PNHD = weight(rngs, N * H, pairs=P, heads=N, head=H, width=D)
-        self.gating_P2DF = weight(rngs, D, pairs=P, which=2, width=D, hidden=F)
-        self.down_PFD = weight(rngs, F, pairs=P, hidden=F, width=D)
+        # Before and after attention, before and after the MLP.       On the mesh, by gemma.model.sharding.RULES:
+        self.norms_P4D = scale(pairs=P, which=4, norm=D)  # .............. [P, 4, D]
+        self.q_PDNH = weight(rngs, D, pairs=P, width=D, heads=N, head=H)  # [P, D/fsdp, N/tensor, H]
+        self.kv_P2DKH = weight(rngs, D, pairs=P, which=2, width=D, kv_heads=K, head=H)  # [P, 2, D/fsdp, K/tensor, H]
+        self.o_PNHD = weight(rngs, N * H, pairs=P, heads=N, head=H, width=D)  # [P, N/tensor, H, D/fsdp]
+        self.gating_P2DF = weight(rngs, D, pairs=P, which=2, width=D, hidden=F)  # [P, 2, D/fsdp, F/tensor]
+        self.down_PFD = weight(rngs, F, pairs=P, hidden=F, width=D)  # [P, F/tensor, D/fsdp]
 
     def __call__(self, x_BTD: jax.Array, segment_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
         norm = partial(rms_norm, eps=self.config.norm_eps)
@@ -124,7 +127,7 @@ class Block(nnx.Module):
 
     def attention(self, x_BTD: jax.Array, segment_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
         c, dtype = self.config, x_BTD.dtype
-        q_BTNH = project(x_BTD, gathered(self.q_PDNH, dtype))
+        q_BTNH = project(x_BTD, self.gathered(self.q_PDNH, dtype))
         k_BTKH, v_BTKH = (project(x_BTD, w_DKH) for w_DKH in self.both(self.kv_P2DKH, dtype))
         q_BTNH = rope(q_BTNH, position_BT, c.rope_base, self.platform) * jnp.asarray(c.query_scale, dtype)
         k_BTKH = rope(k_BTKH, position_BT, c.rope_base, self.platform)
@@ -132,30 +135,36 @@ class Block(nnx.Module):
         out_BTNH = attend(
             q_BTNH, k_BTKH, v_BTKH, segment_BT, window=self.window, cap=c.attention_cap, platform=self.platform
         )
-        return project(out_BTNH, gathered(self.o_PNHD, dtype))
+        return project(out_BTNH, self.gathered(self.o_PNHD, dtype))
 
     def mlp(self, x_BTD: jax.Array) -> jax.Array:
         dtype = x_BTD.dtype
         weights = self.both(self.gating_P2DF, dtype)
         gate_BTF, up_BTF = (checkpoint_name(project(x_BTD, w_DF), "wide") for w_DF in weights)
-        return project(geglu(gate_BTF, up_BTF), gathered(self.down_PFD, dtype))
+        return project(geglu(gate_BTF, up_BTF), self.gathered(self.down_PFD, dtype))
+
+    def gathered(self, param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+        """A weight in the compute dtype, whole along `fsdp`: an all-gather; backward, a reduce-scatter."""
+        axes = param.axes[-param.ndim :]  # inside the scan the leading `pairs` is gone
+        return gather_weight(param[...], axes, dtype.name, self.reduce_dtype)
 
     def both(self, param: nnx.Param, dtype: jnp.dtype) -> Iterable[jax.Array]:
         """The two weights that share an array. On TPU they are gathered one by one: the gradient of both would be put
         together of two in HBM before it is scattered. Elsewhere together: there a collective costs more than that.
         """
         if self.platform != "tpu":
-            return gathered(param, dtype)
-        return [gather(half, param.axes[1 - param.ndim :]) for half in param[...].astype(dtype)]
+            return self.gathered(param, dtype)
+        axes = param.axes[1 - param.ndim :]
+        return [gather_weight(half, axes, dtype.name, self.reduce_dtype) for half in param[...]]
 
 
 class Pair(nnx.Module):
     """A local block, then a global one."""
 
-    def __init__(self, config: Model, *, platform: str, rngs: nnx.Rngs):
+    def __init__(self, config: Model, *, platform: str, reduce_dtype: str, rngs: nnx.Rngs):
         self.platform = platform
-        self.local_block = Block(config, local=True, platform=platform, rngs=rngs)
-        self.global_block = Block(config, local=False, platform=platform, rngs=rngs)
+        self.local_block = Block(config, local=True, platform=platform, reduce_dtype=reduce_dtype, rngs=rngs)
+        self.global_block = Block(config, local=False, platform=platform, reduce_dtype=reduce_dtype, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, segment_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
         x_BTD = self.local_block(x_BTD, segment_BT, position_BT)
@@ -165,7 +174,9 @@ class Pair(nnx.Module):
 class Gemma(nnx.Module):
     """The whole model. `model(tokens_BT)` gives float32 logits_BTV; training takes `hidden` and the chunked loss.
 
-    platform: of the devices it will run on, where they are not this process's own (`gemma.model.attention.attend`).
+    dtype: of the computation; the parameters are float32. reduce_dtype: in which gradients are summed over `fsdp`;
+    `dtype` where it is not given. platform: of the devices it will run on, where they are not this process's own
+    (`gemma.model.attention.attend`).
     """
 
     def __init__(
@@ -174,31 +185,38 @@ class Gemma(nnx.Module):
         *,
         rngs: nnx.Rngs,
         dtype: str = "float32",
+        reduce_dtype: str | None = None,
         remat: str = "none",
         platform: str | None = None,
     ):
         self.config, self.dtype, self.remat = config, dtype, remat
+        self.reduce_dtype = reduce_dtype or dtype
         self.embedding_VD = weight(rngs, config.width, vocab=config.vocab, width=config.width)
         assert self.embedding_VD.axes == EMBEDDING_AXES
-        self.pairs = Pair(config, platform=platform or jax.default_backend(), rngs=rngs)
+        platform = platform or jax.default_backend()
+        self.pairs = Pair(config, platform=platform, reduce_dtype=self.reduce_dtype, rngs=rngs)
         self.final_norm = scale(norm=config.width)
 
     def __call__(self, tokens_BT: jax.Array, segment_BT: jax.Array | None = None) -> jax.Array:
         if segment_BT is None:
             segment_BT = jnp.zeros_like(tokens_BT)
-        x_BTD, embedding_VD = self.hidden(tokens_BT, segment_BT)
-        return logits(x_BTD, embedding_VD, self.config.final_cap)
+        with float32_means_float32(self.dtype):
+            x_BTD, embedding_VD = self.hidden(tokens_BT, segment_BT)
+            return logits(x_BTD, embedding_VD, self.config.final_cap)
 
     def hidden(self, tokens_BT: jax.Array, segment_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x_BTD after the final norm, and the tied embedding_VD that makes logits of it, in the compute dtype.
+        """x_BTD after the final norm, in the compute dtype, and the tied embedding_VD that makes logits of it, float32:
+        the gradients of its two uses are added in float32.
 
         The embedding is still cut along `fsdp`: the loss gathers it by itself, and cuts its gradient before that of
         the layers is made, which otherwise would all happen beside two more arrays of the embedding's size.
         """
         dtype = jnp.dtype(self.dtype)
-        embedding_VD = self.embedding_VD[...].astype(dtype)
+        embedding_VD = self.embedding_VD[...]
         # Rounded to the compute dtype as in the released code: sqrt(D) in bfloat16 is not sqrt(D).
-        x_BTD = lookup(embedding_VD, tokens_BT) * jnp.asarray(self.config.width**0.5, dtype)
+        x_BTD = lookup(self.dtype, self.reduce_dtype, embedding_VD, tokens_BT) * jnp.asarray(
+            self.config.width**0.5, dtype
+        )
         position_BT = positions(segment_BT)
         graph, weights = nnx.split(self.pairs)
 
@@ -213,29 +231,53 @@ class Gemma(nnx.Module):
         return rms_norm(x_BTD, self.final_norm[...], self.config.norm_eps), embedding_VD
 
 
-@jax.custom_vjp
-def lookup(embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """x_BTD: the tokens' rows of the embedding, which comes cut along `fsdp` where the program is manual over it."""
-    return gather(embedding_VD, EMBEDDING_AXES)[tokens_BT]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def lookup(dtype: str, reduce_dtype: str, embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """x_BTD in `dtype`: the tokens' rows of the float32 embedding, which comes cut along `fsdp` where the program is
+    manual over it.
+    """
+    return gather(embedding_VD.astype(dtype), EMBEDDING_AXES)[tokens_BT]
 
 
-def lookup_forward(embedding_VD: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, tuple[jax.Array, int]]:
-    return lookup(embedding_VD, tokens_BT), (tokens_BT, embedding_VD.shape[0])
+def lookup_forward(
+    dtype: str, reduce_dtype: str, embedding_VD: jax.Array, tokens_BT: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, int]]:
+    return lookup(dtype, reduce_dtype, embedding_VD, tokens_BT), (tokens_BT, embedding_VD.shape[0])
 
 
-def lookup_backward(residuals: tuple[jax.Array, int], dx_BTD: jax.Array) -> tuple[jax.Array, None]:
+def lookup_backward(
+    dtype: str, reduce_dtype: str, residuals: tuple[jax.Array, int], dx_BTD: jax.Array
+) -> tuple[jax.Array, None]:
     """By hand for the barrier: the zeros, as large as the embedding, are not to be there before dx is."""
     tokens_BT, V = residuals
-    dx_BTD, zero = jax.lax.optimization_barrier((dx_BTD, jnp.zeros((), dx_BTD.dtype)))
-    zeros_VD = jnp.broadcast_to(zero, (V, dx_BTD.shape[-1]))
-    return scatter(zeros_VD.at[tokens_BT].add(dx_BTD), EMBEDDING_AXES), None
+    dx_BTD, zero = jax.lax.optimization_barrier((dx_BTD, jnp.zeros((), jnp.float32)))
+    dembedding_VD = sum_by_token(tokens_BT, dx_BTD, V, zero).astype(reduce_dtype)
+    return scatter(dembedding_VD, EMBEDDING_AXES).astype(jnp.float32), None
 
 
 lookup.defvjp(lookup_forward, lookup_backward)
 
 
+def sum_by_token(tokens_BT: jax.Array, dx_BTD: jax.Array, V: int, zero: jax.Array) -> jax.Array:
+    """dembedding_VD: the sum of dx over the places of each token, taken in float32 and rounded to dx's dtype once.
+
+    In bfloat16 a sum stands still once it is 256 times an addend, and tokens occur thousands of times. A float32 array
+    of the embedding's size would be gigabytes: where the vocabulary is larger than the batch, the sums are those of the
+    distinct tokens only, and they are rounded before they are put in their rows.
+    """
+    D = dx_BTD.shape[-1]
+    token_R, dx_RD = tokens_BT.ravel(), dx_BTD.reshape(-1, D).astype(jnp.float32)
+    if len(token_R) >= V or dx_BTD.dtype == jnp.float32:
+        return jnp.broadcast_to(zero, (V, D)).at[token_R].add(dx_RD).astype(dx_BTD.dtype)
+    distinct_R, at_R = jnp.unique(token_R, return_inverse=True, size=len(token_R), fill_value=V)
+    sums_RD = jnp.zeros_like(dx_RD).at[at_R].add(dx_RD)
+    rows_VD = jnp.broadcast_to(zero.astype(dx_BTD.dtype), (V, D))
+    return rows_VD.at[distinct_R].set(sums_RD.astype(dx_BTD.dtype), mode="drop", indices_are_sorted=True)
+
+
 def logits(x_BTD: jax.Array, embedding_VD: jax.Array, cap: float) -> jax.Array:
     """Capped float32 logits_BTV from the tied embedding."""
+    embedding_VD = embedding_VD.astype(x_BTD.dtype)
     logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, embedding_VD, preferred_element_type=jnp.float32)
     return soft_cap(logits_BTV, cap)
 

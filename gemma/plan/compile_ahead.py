@@ -1,4 +1,4 @@
-"""The train step, compiled for TPUs that are not here, and what the compiler says of it.
+"""A run's programs, compiled for TPUs that are not here, and what the compiler says of them.
 
 python -m gemma.plan.compile_ahead < JOB > FACTS: a process of its own, for libtpu speaks to standard error and may end
 the process. JOB is a pickled `Job`, FACTS the JSON of `Facts`.
@@ -14,13 +14,18 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma.config import Program
-from gemma.plan import hlo
+from gemma.plan import hlo, v5p
 from gemma.plan.hlo_cost import Cost, Place, cost
+
+if TYPE_CHECKING:  # JAX comes in when this is a process of its own
+    from jax.sharding import Mesh
+
+    from gemma.train.step import Functions
 
 PR_SET_PDEATHSIG = 1  # prctl, Linux
 QUIET = {  # libtpu looks for a machine's TPUs and its metadata server unless told
@@ -42,15 +47,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Facts:
-    """Of one chip. Where the program does not fit, only `needed_bytes` and the state's share are known.
+    """Of one chip. Where the train step does not fit, only `needed_bytes` and the state's share are known.
 
     parameters_bytes, optimizer_bytes: what the shardings say. gradients_bytes: what the backward loop stacks, else the
     parameters' share. activations_bytes: what the forward loop stacks for the backward one. temporary_bytes: all that
     the compiler sets aside beside arguments. needed_bytes: arguments, temporaries and code.
     optimal_s: `cost_analysis()["optimal_seconds"]`, which counts a loop's body once and a kernel not at all.
+    programs_bytes: of every other program of a run what a chip must hold while it runs: its arguments, temporaries,
+    results and code, and the part of the state that lies beside them. Unknown where the train step does not fit.
+    compile_s: of the train step; others_compile_s: of the others.
     """
 
-    fits: bool
+    fits: bool  # every program by itself
     message: str
     parameters_bytes: int
     optimizer_bytes: int
@@ -61,6 +69,8 @@ class Facts:
     optimal_s: float = 0.0
     cost: Cost | None = None
     compile_s: float = 0.0
+    programs_bytes: dict[str, int] = field(default_factory=dict)
+    others_compile_s: float = 0.0
 
 
 def facts(job: Job) -> Facts:
@@ -93,23 +103,64 @@ def facts(job: Job) -> Facts:
     memory = compiled.memory_analysis()
     activations, gradients = stacked(module, job.program.model.layers // 2)
     parameters = held(step.state.params)
+    started = time.monotonic()
+    others, refused = other_programs(step, mesh)
     places = [Place(getattr(d, "slice_index", 0) or 0, tuple(d.coords)) for d in mesh.devices.flat]
     return Facts(
-        fits=True,
-        message="",
+        fits=not refused,
+        message=refused,
         parameters_bytes=parameters,
         optimizer_bytes=held(step.state.opt_state),
-        needed_bytes=memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes,
+        needed_bytes=needed_bytes(memory),
         temporary_bytes=memory.temp_size_in_bytes,
         activations_bytes=min(activations, memory.temp_size_in_bytes),
         gradients_bytes=min(gradients or parameters, memory.temp_size_in_bytes),
         optimal_s=compiled.cost_analysis()["optimal_seconds"],
         cost=cost(module, dict(mesh.shape), places),
         compile_s=compile_s,
+        programs_bytes=others,
+        others_compile_s=time.monotonic() - started,
+    )
+
+
+def other_programs(step: "Functions", mesh: "Mesh") -> tuple[dict[str, int], str]:
+    """`Facts.programs_bytes`, and why one of them does not fit, or nothing. Raises for other errors."""
+    from jax.errors import JaxRuntimeError
+
+    from gemma.checkpoint import checksums, saving, snapshot
+
+    state = (step.state,)
+    pack, unpack = snapshot.packing(step.state, mesh)
+    programs: dict[str, tuple[Any, tuple[Any, ...], int]] = {  # what is compiled, of what, and what lies beside it
+        "eval": (step.eval, (step.state.params, step.batch), held(step.state.opt_state)),
+        "init": (step.init, (), 0),
+        "pack": (pack, state, 0),
+        "unpack": (unpack, (snapshot.flat_shape(step.state, mesh),), 0),
+        "sums": (checksums.summing(step.state, mesh), state, 0),
+    }
+    if snapshot.fits_beside(held(step.state), v5p.HBM_BYTES):  # else training waits, and no copy is made
+        programs["copy"] = (saving.copying(step.state), state, 0)
+    found, refused = {}, ""
+    for name, (jitted, args, beside_bytes) in programs.items():
+        try:
+            found[name] = beside_bytes + needed_bytes(jitted.lower(*args).compile().memory_analysis())
+        except JaxRuntimeError as error:
+            needed = out_of_memory(str(error))
+            if needed is None:
+                raise
+            found[name] = max(beside_bytes + needed, int(v5p.HBM_BYTES) + 1)
+            refused = refused or f"{name}: {str(error).splitlines()[0]}"
+    return found, refused
+
+
+def needed_bytes(memory: Any) -> int:
+    """Of one program by its `memory_analysis()`; what is donated counts once."""
+    return int(
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
     )
 
 

@@ -32,6 +32,7 @@ class Cost:
     cycles_s: the compiler's `estimated_cycles`; where it gives none, the same larger time at the chip's full rates.
     sent_bytes: {mesh axes: {kind: bytes a device sends}}, by the ring algorithm.
     network_s: the time those take one after another, by `bandwidth`.
+    gradients_s: of it the reduce-scatters over `fsdp`.
     """
 
     flops: float
@@ -42,6 +43,7 @@ class Cost:
     cycles_s: float
     sent_bytes: dict[str, dict[str, float]]
     network_s: float
+    gradients_s: float
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Place:
 
 def cost(module: Module, mesh: dict[str, int], places: Sequence[Place]) -> Cost:
     """mesh: axis names and sizes in the order in which devices are numbered; places: of each of them, in that order."""
-    total_flops = hbm_bytes = roofline_s = roofline_once_s = kernels_s = cycles_s = network_s = 0.0
+    total_flops = hbm_bytes = roofline_s = roofline_once_s = kernels_s = cycles_s = network_s = gradients_s = 0.0
     sent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for where, i, times in executed(module):
         if i.opcode in FREE:
@@ -64,7 +66,9 @@ def cost(module: Module, mesh: dict[str, int], places: Sequence[Place]) -> Cost:
             group = one_of_each_slice(places) if piece.opcode == "send" else groups_of(piece, len(places))
             size = times * sent_by(piece, kind, len(group))
             sent[axes_of(group, mesh)][kind] += size
-            network_s += size / bandwidth([places[device] for device in group], places)
+            taken_s = size / bandwidth([places[device] for device in group], places)
+            network_s += taken_s
+            gradients_s += taken_s if (kind, axes_of(group, mesh)) == ("reduce-scatter", "fsdp") else 0.0
         if i.opcode in ("send", "recv", "send-done", "recv-done"):  # the host's work: the compiler cannot tell
             continue
         work = sum(product_flops(piece, home) for home, piece in with_homes(module, where, i))
@@ -80,7 +84,8 @@ def cost(module: Module, mesh: dict[str, int], places: Sequence[Place]) -> Cost:
             fastest_s = max((work + kernel) / v5p.FLOPS, moved / v5p.HBM_BYTES_PER_S)
             cycles_s += times * (estimated_cycles(i) / v5p.CLOCK_HZ or fastest_s)
     by_axes = {axes: dict(kinds) for axes, kinds in sent.items()}
-    return Cost(total_flops, hbm_bytes, roofline_s, roofline_once_s, kernels_s, cycles_s, by_axes, network_s)
+    times_s = (roofline_s, roofline_once_s, kernels_s, cycles_s)
+    return Cost(total_flops, hbm_bytes, *times_s, by_axes, network_s, gradients_s)
 
 
 def with_homes(module: Module, where: Computation, i: Instruction) -> Iterable[tuple[Computation, Instruction]]:

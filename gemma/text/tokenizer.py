@@ -26,7 +26,7 @@ class ByteTokenizer:
     vocab = 256 + BYTE_OFFSET
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        utf8 = [text.encode("utf-8", "surrogatepass") for text in texts]
+        utf8 = [text.encode("utf-8") for text in texts]
         return [np.frombuffer(raw, np.uint8).astype(np.uint16) + np.uint16(BYTE_OFFSET) for raw in utf8]
 
 
@@ -51,8 +51,8 @@ def load(name: str) -> Tokenizer:
     """The tokenizer `data.tokenizer` names. Raises ConfigError where the file cannot be used."""
     if name == "byte":
         return ByteTokenizer()
-    path = Path(name).expanduser()
     with naming(f"data.tokenizer={name}"):
+        path = Path(name).expanduser()
         found = path.is_file()
     if not found:
         raise ConfigError(f'data.tokenizer={name}: no such file; allowed: "byte" or the path of a SentencePiece model')

@@ -8,6 +8,7 @@ the trace.
 import hashlib
 import os
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,45 @@ from jax.experimental import serialize_executable
 
 from gemma.versions import packages, source_digest
 
+# What the compilers read of the environment, and JAX of its own settings. Addresses of other processes
+# (MEGASCALE_COORDINATOR_ADDRESS) are not among them: they differ from attempt to attempt and change no program.
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "TPU_MEGACORE")
+SETTINGS = (
+    "jax_default_matmul_precision",
+    "jax_enable_x64",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_numpy_dtype_promotion",
+    "jax_use_shardy_partitioner",
+)
 
-def key(name: str, facts: tuple[Any, ...]) -> str:
-    """Names a compiled program by all it depends on; `facts` are the config leaves it was built from."""
-    flags = [os.environ.get(v, "") for v in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    devices = [jax.device_count(), jax.local_device_count(), jax.process_count(), jax.process_index()]
-    versions = [packages("jax", "jaxlib", "flax", "optax", "tokamax"), jax.devices()[0].client.platform_version]
-    numerics = [jax.config.values[v] for v in ("jax_default_matmul_precision", "jax_enable_x64")]
-    seen = repr([name, facts, flags, devices, versions, numerics, jax.devices()[0].device_kind, source_digest()])
+
+def key(name: str, facts: tuple[Any, ...], devices: Sequence[jax.Device] | None = None) -> str:
+    """Names a compiled program by all it depends on.
+
+    facts: the config leaves it was built from. devices: those it is for, of all processes; this job's if not given.
+    Their number is not enough: 16x16x24 and 8x24x32, or two slices and one twice as large, have as many chips, and
+    other programs.
+    """
+    devices = jax.devices() if devices is None else devices
+    flags = [os.environ.get(v, "") for v in FLAGS]
+    settings = [jax.config.values[v] for v in SETTINGS]
+    versions = [packages("jax", "jaxlib", "libtpu", "flax", "optax"), platform_version(devices[0])]
+    places = [place(device) for device in devices]
+    seen = repr([name, facts, flags, settings, versions, places, jax.process_index(), source_digest()])
     return f"{name}-{hashlib.sha256(seen.encode()).hexdigest()[:24]}"
+
+
+def place(device: jax.Device) -> tuple[Any, ...]:
+    """Where a device is: its process, slice, coordinates on the slice's torus and core, as far as it has them."""
+    coords = tuple(getattr(device, "coords", None) or ())
+    where = (getattr(device, "slice_index", None), coords, getattr(device, "core_on_chip", None))
+    return (device.device_kind, device.id, device.process_index, *where)
+
+
+def platform_version(device: jax.Device) -> str:
+    """Of the runtime, which has the compiler in it; nothing for a device that is only described."""
+    return str(getattr(device.client, "platform_version", ""))
 
 
 def compiled(name: str, jitted: Any, args: tuple[Any, ...], facts: tuple[Any, ...], cache: Path) -> tuple[Any, bool]:

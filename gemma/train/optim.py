@@ -1,5 +1,6 @@
 """AdamW, its schedule, and what it must leave alone."""
 
+import itertools
 import math
 
 import jax
@@ -8,22 +9,20 @@ import optax
 from jax.sharding import PartitionSpec
 
 from gemma.config import Optim
+from gemma.schedule import Piece, pieces
 
 
-def schedule(config: Optim, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up from 0 to lr, then cosine, constant or linear until `steps`."""
-    rest = max(steps - config.warmup_steps, 1)
-    if config.schedule == "cosine":
-        body = optax.cosine_decay_schedule(config.lr, rest, alpha=config.final_lr_ratio)
-    elif config.schedule == "linear":
-        body = optax.linear_schedule(config.lr, config.lr * config.final_lr_ratio, rest)
-    else:
-        body = optax.constant_schedule(config.lr)
-    if config.warmup_steps == 0:
-        return body
-    # Starts one step in: at exactly 0 the first batch would teach nothing.
-    warmup = optax.linear_schedule(config.lr / config.warmup_steps, config.lr, max(config.warmup_steps - 1, 1))
-    return optax.join_schedules([warmup, body], [config.warmup_steps])
+def schedule(config: Optim) -> optax.Schedule:
+    """Learning rate by updates made, as `gemma.schedule` describes it."""
+    parts = pieces(config)
+    ends = list(itertools.accumulate(int(piece.length) for piece in parts[:-1]))
+    return optax.join_schedules([function(piece) for piece in parts], ends)
+
+
+def function(piece: Piece) -> optax.Schedule:
+    if piece.shape == "cosine":
+        return optax.cosine_decay_schedule(piece.start, piece.steps, alpha=piece.end / piece.start)
+    return optax.linear_schedule(piece.start, piece.end, piece.steps)
 
 
 def decayed(params: optax.Params) -> optax.Params:
@@ -31,10 +30,10 @@ def decayed(params: optax.Params) -> optax.Params:
     return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
 
 
-def optimizer(config: Optim, steps: int) -> optax.GradientTransformation:
+def optimizer(config: Optim) -> optax.GradientTransformation:
     """AdamW without clipping, which `gemma.train.step` does with the norm it reports anyway."""
     return optax.adamw(
-        schedule(config, steps),
+        schedule(config),
         b1=config.beta1,
         b2=config.beta2,
         eps=config.eps,

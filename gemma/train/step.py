@@ -4,6 +4,7 @@ B batch, T time, A accumulation steps; b and a are a device's share of the batch
 A batch is tokens_BU, int32, U = T + 1: inputs and targets overlap.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from gemma.config import Program
 from gemma.model.sharding import BATCH_AXES, manual, sharding
-from gemma.model.transformer import Gemma
+from gemma.model.transformer import Gemma, float32_means_float32
 from gemma.text.tokenizer import BOS, PAD
 from gemma.train import guard, optim
 from gemma.train.loss import cross_entropy_sum
@@ -48,9 +49,16 @@ class Functions:
 def functions(program: Program, mesh: jax.sharding.Mesh) -> Functions:
     """Builds the programs for one mesh. Nothing is compiled and no memory is taken."""
     train = program.train
-    tx = optim.optimizer(program.optim, train.steps)
+    tx = optim.optimizer(program.optim)
     platform = mesh.devices.flat[0].platform  # of the mesh, not of this process: the plan compiles for TPUs on a CPU
-    create = partial(Gemma, program.model, dtype=train.dtype, remat=train.remat, platform=platform)
+    create = partial(
+        Gemma,
+        program.model,
+        dtype=train.dtype,
+        reduce_dtype=train.gradients_in,
+        remat=train.remat,
+        platform=platform,
+    )
     abstract = nnx.eval_shape(lambda: create(rngs=nnx.Rngs(0)))
     graph, variables = nnx.split(abstract)
     axes = nnx.to_pure_dict(jax.tree.map(lambda v: v.axes, variables, is_leaf=is_variable))
@@ -89,7 +97,7 @@ def functions(program: Program, mesh: jax.sharding.Mesh) -> Functions:
             donate_argnums=0,
         ),
         eval=jax.jit(
-            by_hand(partial(evaluate, loss_of), out_specs=(whole, whole)),
+            by_hand(partial(evaluate, program, loss_of), out_specs=(whole, whole)),
             in_shardings=(places, batch_place),
             out_shardings=replicated,
         ),
@@ -113,8 +121,15 @@ def loss_sum(program: Program, graph: Any, params: Tree, tokens_BU: jax.Array) -
     segment_BT = jnp.cumsum(input_BT == BOS, axis=1)
     weight_BT = ((target_BT != BOS) & (target_BT != PAD)).astype(jnp.float32)
     x_BTD, embedding_VD = model.hidden(input_BT, segment_BT)
-    cap, chunk = program.model.final_cap, program.train.loss_chunk
-    total = cross_entropy_sum(x_BTD, embedding_VD, target_BT, weight_BT, cap=cap, chunk=chunk)
+    total = cross_entropy_sum(
+        x_BTD,
+        embedding_VD,
+        target_BT,
+        weight_BT,
+        cap=program.model.final_cap,
+        chunk=program.train.loss_chunk,
+        reduce_dtype=program.train.gradients_in,
+    )
     return total, jnp.sum(weight_BT)
 
 
@@ -126,18 +141,14 @@ def reduced_grads(
     The gradient of a gathered weight arrives reduce-scattered over `fsdp`; all that is small is summed in one
     all-reduce.
     """
-    A = program.train.accumulation
     grad_of = jax.value_and_grad(loss_of, has_aux=True)
-    if A == 1:
-        (total, count), grads = grad_of(params, tokens_bU)
-    else:
 
-        def body(carry: tuple[jax.Array, jax.Array, Tree], tokens_aU: jax.Array) -> tuple[Any, None]:
-            (total, count), grads = grad_of(params, tokens_aU)
-            return jax.tree.map(jnp.add, carry, (total, count, grads)), None
+    def of(tokens_aU: jax.Array) -> tuple[jax.Array, jax.Array, Tree]:
+        (total, count), grads = grad_of(params, tokens_aU)
+        return total, count, grads
 
-        zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        (total, count, grads), _ = jax.lax.scan(body, zeros, tokens_bU.reshape(A, -1, tokens_bU.shape[1]))
+    with float32_means_float32(program.train.dtype):
+        total, count, grads = summed_over_microbatches(of, program.train.accumulation, tokens_bU)
     leaves, tree = jax.tree.flatten(grads)
     cut = ["fsdp" in manual(a) for a in jax.tree.leaves(axes, is_leaf=is_axes)]
     small = [total, count] + [g for g, c in zip(leaves, cut, strict=True) if not c]
@@ -152,9 +163,27 @@ def reduced_grads(
     return total, count, jax.tree.unflatten(tree, leaves)
 
 
-def evaluate(loss_of: Any, params: Tree, tokens_bU: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Loss sum and target count of the global batch, from this device's rows. Manual over BATCH_AXES."""
-    return jax.lax.psum(loss_of(params, tokens_bU), BATCH_AXES)
+def evaluate(program: Program, loss_of: Any, params: Tree, tokens_bU: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Loss sum and target count of the global batch, from this device's rows, in the microbatches of a train step:
+    what has room to train has room to be evaluated. Manual over BATCH_AXES.
+    """
+    with float32_means_float32(program.train.dtype):
+        sums = summed_over_microbatches(partial(loss_of, params), program.train.accumulation, tokens_bU)
+    total, count = jax.lax.psum(sums, BATCH_AXES)
+    return total, count
+
+
+def summed_over_microbatches(of: Callable[[jax.Array], Any], A: int, tokens_bU: jax.Array) -> Any:
+    """The sum of what `of` gives for each of A microbatches, one after the other, in the dtypes it gives: float32."""
+    if A == 1:
+        return of(tokens_bU)
+    tokens_AaU = tokens_bU.reshape(A, -1, tokens_bU.shape[1])
+
+    def body(carry: Any, tokens_aU: jax.Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, of(tokens_aU)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of, tokens_AaU[0]))
+    return jax.lax.scan(body, zeros, tokens_AaU)[0]
 
 
 def update(
@@ -182,7 +211,7 @@ def update(
     params = optax.apply_updates(state.params, updates)
     good = guard.is_good(program.guard, state.guard, loss, grad_norm)
     # Of what is applied: the schedule goes by the updates made, so a skipped one uses up no part of it.
-    rate = optim.schedule(program.optim, program.train.steps)(optim.updates_made(state.opt_state))
+    rate = optim.schedule(program.optim)(optim.updates_made(state.opt_state))
     metrics = {
         "loss": loss,
         "grad_norm": grad_norm,

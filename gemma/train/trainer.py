@@ -4,6 +4,7 @@ Every host calls every verb with the same arguments in the same order; that is w
 bare machine too: `Trainer(program, folder, cache)` in one process is the whole run without a controller.
 """
 
+import contextlib
 import itertools
 import math
 import time
@@ -23,8 +24,11 @@ from gemma.messages import Bad, Evaluated, Failed, Kept, Opened, Ran, Restored, 
 from gemma.model import load
 from gemma.model.sharding import make_mesh
 from gemma.plan import flops
-from gemma.text.tokens import open_tokens
-from gemma.train import aot, data
+from gemma.text import corpus
+from gemma.text import order as orders
+from gemma.text.corpus import Texts
+from gemma.text.order import Order
+from gemma.train import aot, data, held_out
 from gemma.train.step import TrainState, functions
 
 OVERLAPPED = 0.8  # of a step is still to be done on the devices when the host turns to the next batch
@@ -32,19 +36,38 @@ IN_A_ROW = 3  # bad steps: then it is not the batch that is bad but the state
 PACKINGS = 10  # timed before snapshots begin: the shortest is what one costs
 
 
+def built_from(name: str, program: Program) -> tuple[Any, ...]:
+    """The config leaves that a compiled program depends on: another seed or length compiles nothing again."""
+    p = program
+    train = (p.train.batch, p.train.dtype, p.train.accumulation, p.train.remat, p.train.loss_chunk)
+    reduced = p.train.gradients_in
+    spikes = (p.guard.spike_sigmas, p.guard.warmup)
+    return {
+        "init": (p.model, p.mesh, p.train.seed),
+        "train": (p.model, p.mesh, p.data.sequence, *train, reduced, p.optim, *spikes),
+        "eval": (p.model, p.mesh, p.data.sequence, *train),
+        **dict.fromkeys(("pack", "unpack", "sums", "copy"), (p.model, p.mesh, p.optim)),
+    }[name]
+
+
 class Trainer:
     """Holds a host's share of the arrays between verbs."""
 
-    def __init__(self, program: Program, folder: Path, cache: Path):
-        """Compiles or loads the programs and opens the data. folder: the run directory, shared by all hosts."""
+    def __init__(self, program: Program, folder: Path, cache: Path, texts: Texts | None = None):
+        """Compiles or loads the programs. folder: the run directory, shared by all hosts. texts: None opens them."""
         self.program, self.folder, self.cache = program, folder, cache
         self.seconds: dict[str, float] = {}
         self.mesh = make_mesh(program.mesh)
         started = time.monotonic()
-        tokens = open_tokens(program.data, cache, program.model.vocab)
+        self.texts = texts or corpus.open_texts(program.data, program.eval, cache, program.model.vocab)
+        tokens = self.texts.own.tokens
         self.meta = tokens.meta
         self.dataset = data.open_dataset(tokens, program.data, program.train.batch, program.train.seed)
-        started = self.lap("data", started)
+        self.eval_sets = held_out.eval_sets(program, self.texts)
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):  # a full disk does not stop a run
+                corpus.record(self.texts, folder / "data.json")
+        started = self.lap("data", started - texts.seconds if texts else started)
         self.functions = functions(program, self.mesh)
         self.packing = dict(zip(("pack", "unpack"), snapshot.packing(self.functions.state, self.mesh), strict=True))
         self.packing["sums"] = checksums.summing(self.functions.state, self.mesh)
@@ -58,7 +81,7 @@ class Trainer:
         self.lap("compile", started)
         self.keeping: SnapshotWriter | None = None
         self.attempt = 0
-        self.skipped: tuple[int, ...] = ()
+        self.order = Order(((0, program.train.batch),))
         self.bad: list[Bad] = []  # of the window
         self.halted = False
         self.rows: list[Row] = []  # that the controller may not have been told of
@@ -74,33 +97,25 @@ class Trainer:
         return now
 
     def compile(self, name: str, args: tuple[Any, ...]) -> tuple[Any, bool]:
-        """Of the config only what the program is built from names it: another seed or length compiles nothing anew."""
-        p = self.program
-        train = (p.train.batch, p.train.dtype, p.train.accumulation, p.train.remat, p.train.loss_chunk)
-        spikes = (p.guard.spike_sigmas, p.guard.warmup)
-        built_from = {
-            "init": (p.model, p.mesh, p.train.seed),
-            "train": (p.model, p.mesh, p.data.sequence, *train, p.optim, p.train.steps, *spikes),
-            "eval": (p.model, p.mesh, p.data.sequence, *train),
-            **dict.fromkeys(("pack", "unpack", "sums", "copy"), (p.model, p.mesh, p.optim, p.train.steps)),
-        }
         jitted = self.packing[name] if name in self.packing else getattr(self.functions, name)
-        return aot.compiled(name, jitted, args, built_from[name], self.cache)
+        return aot.compiled(name, jitted, args, built_from(name, self.program), self.cache)
 
     def opened(self) -> Opened:
         return Opened(self.share.key, self.share.bytes)
 
     def restore(
-        self, step: int | None, source: Source | None = None, skipped: tuple[int, ...] = (), again: bool = False
+        self, step: int | None, source: Source | None = None, order: Order | None = None, again: bool = False
     ) -> Restored:
         """Stands ready at a step: of a snapshot where a source is given, else committed on disk; None initialises.
 
-        skipped: batches that are not used. again: what was saved beyond the step is of no history any more.
+        order: which rows the steps train on; None is a run that has known one batch and skipped nothing.
+        again: what was saved beyond the step belongs to a history that is replaced.
         Raises CheckpointError rather than start afresh, SnapshotError where a snapshot is gone or damaged.
         """
         started = time.monotonic()
         self.rows, self.evals = [], []
-        self.skipped, self.bad, self.halted = skipped, [], False
+        self.order = order or Order(((0, self.program.train.batch),))
+        self.bad, self.halted = [], False
         self.state = None  # gone before the new one comes: there is no room for two
         if again:
             saving.drop_after(self.saver, step or 0)
@@ -122,6 +137,9 @@ class Trainer:
             compile_cached=self.cached,
             platform=jax.devices()[0].platform,
             seconds=dict(self.seconds),
+            steps=program.train.steps,
+            eval_fingerprints={name: text.tokens.meta.fingerprint for name, text in self.texts.sets.items()},
+            warnings=corpus.warnings(self.texts),
             rows=tuple(self.rows),
             evals=tuple(self.evals),
         )
@@ -137,7 +155,7 @@ class Trainer:
         unpack, _ = self.compile("unpack", (self.flat,))
         state, noted = snapshot.restore(source, step, self.share, self.mesh, unpack, self.flat)
         self.rows = [Row(**row) for row in noted["rows"]]
-        self.evals = [Evaluated(**found) for found in noted["evals"]]
+        self.evals = [Evaluated(**found) for found in noted["evals"]]  # their sets as lists: JSON has no tuples
         return state
 
     def keep(self, path: str, buddy: Address | None, attempt: int) -> Kept:
@@ -183,8 +201,8 @@ class Trainer:
             if self.halted:
                 break
             self.profile(step)
-            index, started = data.batch_index(step, self.skipped), time.monotonic()
-            tokens = data.place(self.functions.batch, partial(self.dataset.train_rows, index))
+            places, started = orders.places(self.order, step), time.monotonic()
+            tokens = data.place(self.functions.batch, partial(self.dataset.train_rows, places))
             hidden_s = OVERLAPPED * self.rows[-1].step_s if self.rows else math.inf
             data_s += max(0.0, time.monotonic() - started - hidden_s)
             self.state, metrics = self.train(self.state, tokens)
@@ -229,9 +247,8 @@ class Trainer:
 
     def note_bad_step(self, step: int) -> None:
         """Of a bad step: names its batch, and halts unless it may be passed over. Every host comes to the same."""
-        index = data.batch_index(step - 1, self.skipped)
-        ids = data.batch_ids(self.dataset, index) if jax.process_index() == 0 else []
-        self.bad.append(Bad(step, index, tuple(ids)))
+        places = orders.places(self.order, step - 1) if jax.process_index() == 0 else []
+        self.bad.append(Bad(step, orders.spans(self.order, step - 1), tuple(data.row_ids(self.dataset, places))))
         last = [row.metrics["ok"] for row in self.rows[-IN_A_ROW:]]
         in_a_row = len(last) == IN_A_ROW and not any(last)
         self.halted = self.program.guard.action != "skip" or in_a_row
@@ -252,19 +269,14 @@ class Trainer:
             self.tracing = False
 
     def evaluate(self, step: int) -> Evaluated:
-        """Over eval.batches held-out batches, always the same ones."""
+        """The loss of each held-out set, over the same rows every time."""
         assert self.state is not None
         started = time.monotonic()
         if self.eval is None:
             self.eval, _ = self.compile("eval", (self.functions.state.params, self.functions.batch))
-        total = count = 0.0
-        batches = min(self.program.eval.batches, -(-len(self.dataset.eval) // self.dataset.batch))
-        for index in range(batches):
-            tokens = data.place(self.functions.batch, partial(self.dataset.eval_rows, index))
-            loss, targets = self.eval(self.state.params, tokens)
-            total, count = total + float(loss), count + float(targets)
+        losses = held_out.losses(self.eval, self.state.params, self.functions.batch, self.eval_sets)
         self.ready = time.monotonic()
-        found = Evaluated(step, total / max(count, 1.0), self.ready - started)
+        found = Evaluated(step, losses, self.ready - started)
         self.evals.append(found)
         return found
 

@@ -167,13 +167,13 @@ def check_dtypes(arrays: dict[str, Any]) -> None:
             raise WeightsError(f"{name} is {array.dtype.name}; allowed are {', '.join(DTYPES)}")
 
 
-def check_model(key: str, path: str, wanted: Model) -> None:
+def check_model(key: str, path: str, wanted: Model, step: int | None = None) -> None:
     """The weights at a path, named by a config key, are whole and of `wanted`, which may have more embedding rows.
 
     Not only the shapes: weights under another window, cap or query scale are another model. Raises ConfigError.
     """
     try:
-        found = open_source(Path(path).expanduser()).model
+        found = open_source(Path(path).expanduser(), step=step).model
     except WeightsError as error:
         raise ConfigError(f"{key}={path}: {error}") from error
     for field in (f.name for f in fields(Model) if f.name not in FREE):

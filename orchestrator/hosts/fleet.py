@@ -1,4 +1,4 @@
-"""What a run has on its hosts beyond one attempt: their places, the memory of snapshots, processes in reserve."""
+"""What a run keeps on its hosts across attempts: their placement, keepers of snapshots, spare processes."""
 
 import signal
 import time
@@ -30,12 +30,12 @@ from orchestrator.slices.upkeep import NoSlicesError
 
 BACK = "a lost slice is back"
 SAY_EVERY_S = 60.0
-PATIENCE_S = 3.0  # for memory, after a failure: another one soon after shall find it
+PATIENCE_S = 3.0  # for snapshot memory after a failure, so that a second failure soon after finds a snapshot
 
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A host that this run trains on no more."""
+    """A host that this run no longer uses."""
 
     spot: Spot
     why: str
@@ -46,32 +46,32 @@ class Quarantined:
 
 @dataclass
 class Fleet:
-    """Kept by the controller; actor handles are by node id."""
+    """Held by the controller; dicts are by node id."""
 
-    config: Config  # of the whole run: with the slices that are wanted
+    config: Config  # of the whole run: with all slices that the user asked for
     space: str  # the keepers' namespace
     lease: Lease
     keepers: dict[str, Any] = field(default_factory=dict)
     spares: dict[str, Any] = field(default_factory=dict)  # processes with everything imported
-    predecessors: dict[str, int] = field(default_factory=dict)  # the pid that was last at work on a node
-    notices: dict[str, str] = field(default_factory=dict)  # of nodes about to be taken away
+    predecessors: dict[str, int] = field(default_factory=dict)  # the pid that last worked on a node
+    notices: dict[str, str] = field(default_factory=dict)  # nodes about to be taken away, and who said so
     ooms: dict[str, int] = field(default_factory=dict)  # processes killed for memory on a node so far
     keys: list[str] = field(default_factory=list)  # of each rank's share
     fit: set[str] = field(default_factory=set)  # nodes whose chips were found sound
     quarantined: dict[str, Quarantined] = field(default_factory=dict)  # by node id: an address may be another host's
     placement: Placement | None = None
-    occupied: bool = False  # the run has had its slices
-    needed: bool = True  # the memory: not once all is on disk
+    occupied: bool = False  # the run has had its slices before
+    needed: bool = True  # snapshots in memory: false once everything is on disk
 
     @property
     def avoid(self) -> Mapping[str, Any]:
-        """Nodes that will go or are bad, as it stands whenever it is looked at."""
+        """Nodes that will go or are bad: a live view."""
         return ChainMap(self.notices, self.quarantined)
 
 
 def reserve_hosts(fleet: Fleet, stop: Callable[[], bool], tell: Callable[[str], None]) -> Placement:
-    """The hosts of the last attempt if all of them stay, else others: as many slices as wanted or, when a lost one is
-    not replaced in time, fewer. Raises StoppedError, TimeoutError.
+    """The hosts of the last attempt if all of them stay, else others: as many slices as the user asked for or, when a
+    lost one is not replaced in time, fewer. Raises StoppedError, TimeoutError.
     """
     if fleet.placement is not None and not placement.stands(fleet.placement, fleet.avoid):
         placement.release(fleet.placement)
@@ -106,8 +106,8 @@ def reserve_hosts(fleet: Fleet, stop: Callable[[], bool], tell: Callable[[str], 
 
 
 def note_departures(fleet: Fleet, held: Mapping[str, Held]) -> None:
-    """Which hosts are about to be taken away. A warning may be taken back, but not by silence: Ray takes a host for
-    alive for some seconds after it is gone.
+    """Updates which hosts are about to be taken away. Only a host that answers can take a warning back: Ray reports a
+    host as alive for some seconds after it is gone.
     """
     now = {node: said for node, said in fleet.notices.items() if node not in held}
     now |= {node: one.notice for node, one in held.items() if one.notice}
@@ -116,13 +116,13 @@ def note_departures(fleet: Fleet, held: Mapping[str, Held]) -> None:
 
 
 def quarantined(folder: Path) -> dict[str, Quarantined]:
-    """By earlier controllers of this run too."""
+    """Hosts that this run has found bad, under earlier controllers too, by node id."""
     told = [event for event in rundir.events(folder) if event["event"] == "unfit"]
     return {e["node"]: Quarantined(Spot(e["slice"], e["worker"], e["node"], e["host"]), e["why"]) for e in told}
 
 
 def acceptable_counts(config: Config, again: bool, waited_s: float) -> list[int]:
-    """How many slices will do after waiting for so long; none once it is too late. Pure.
+    """Which numbers of slices are acceptable after waiting for so long; none once it is too late. Pure.
 
     again: the run has had its slices before.
     """
@@ -146,6 +146,7 @@ def can_shrink(config: Config, count: int) -> bool:
 def reason_to_leave(fleet: Fleet) -> Evidence | None:
     """Why the run should move on at the next step boundary: a host is drained, or a lost slice is back."""
     assert fleet.placement is not None
+    fleet.lease.check_head()
     fleet.lease.news()
     wanted = fleet.config.cluster.num_slices
     going = placement.draining()
@@ -162,13 +163,13 @@ def reason_to_leave(fleet: Fleet) -> Evidence | None:
 
 
 def take_spares(fleet: Fleet) -> dict[str, Any]:
-    """They are at work from now on."""
+    """Hands out the living spare processes; the fleet has none afterwards."""
     taken, fleet.spares = hosts.living(fleet.spares), {}
     return taken
 
 
 def start_keepers(fleet: Fleet, group: Group) -> None:
-    """A keeper on every host, come up while the program is loaded; it notes when the host's process ends."""
+    """Starts a keeper on every host that has none. It notes when the host's process ends."""
     for spot, (node, pid) in zip(group.placement.spots, group.by_node.items(), strict=True):
         if node not in fleet.keepers:
             asked = metadata.HOST if fleet.config.cluster.kind != "local" else None
@@ -177,8 +178,10 @@ def start_keepers(fleet: Fleet, group: Group) -> None:
 
 
 def kill(fleet: Fleet, group: Group) -> None:
-    """Ends the processes of an attempt: by their hosts' keepers at once, even a stopped one, and by Ray."""
+    """Ends the processes of an attempt: through their keepers, which reach even a stopped process, and through Ray."""
     fleet.predecessors |= group.by_node
+    if not has_head(fleet):
+        return  # the provider ends all processes: Ray's calls would wait in vain
     for node, pid in group.by_node.items():
         if node in fleet.keepers:
             fleet.keepers[node].signal.remote(pid, signal.SIGKILL)
@@ -186,7 +189,7 @@ def kill(fleet: Fleet, group: Group) -> None:
 
 
 def start_spares(fleet: Fleet) -> None:
-    """A process in reserve on every host."""
+    """Starts a spare process on every host that has none."""
     assert fleet.placement is not None
     for spot in fleet.placement.spots:
         if spot.node_id not in fleet.spares:
@@ -194,7 +197,7 @@ def start_spares(fleet: Fleet) -> None:
 
 
 def request_memory(fleet: Fleet, group: Group, opened: Sequence[Opened], patience_s: float) -> Attaching:
-    """Asks for memory on every host."""
+    """Asks every host's keeper for memory that holds its share of a snapshot."""
     keepers = [fleet.keepers[spot.node_id] for spot in group.placement.spots]
     keys = [one.share_key for one in opened]
     return memory.attach(keepers, keys, opened[0].share_bytes, patience_s)
@@ -202,8 +205,8 @@ def request_memory(fleet: Fleet, group: Group, opened: Sequence[Opened], patienc
 
 @contextmanager
 def managed(config: Config, folder: Path, lease: Lease) -> Iterator[Fleet]:
-    """With what an earlier controller of this run left. At the end all is given back, but for snapshots that a
-    controller which resumes the run will want.
+    """A fleet that takes over what an earlier controller of this run left. At the end everything is given back, except
+    snapshots that a controller which resumes the run will want.
     """
     fleet = Fleet(config, memory.namespace(folder.name, rundir.read_manifest(folder).created), lease)
     fleet.keepers = memory.find(fleet.space)
@@ -211,8 +214,18 @@ def managed(config: Config, folder: Path, lease: Lease) -> Iterator[Fleet]:
     try:
         yield fleet
     finally:
-        hosts.stop(fleet.spares.values())
-        if not fleet.needed:
-            memory.end(fleet.keepers)
-        if fleet.placement is not None:
-            placement.release(fleet.placement)
+        if has_head(fleet):
+            hosts.stop(fleet.spares.values())
+            if not fleet.needed:
+                memory.end(fleet.keepers)
+            if fleet.placement is not None:
+                placement.release(fleet.placement)
+
+
+def has_head(fleet: Fleet) -> bool:
+    """Whether the Ray cluster still has its head, as far as the provider knows."""
+    try:
+        fleet.lease.check_head()
+    except NoSlicesError:
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""The hosts of one attempt as one thing: start them, speak a verb to all, hear what happened, end them."""
+"""The hosts of one attempt as one thing: start them, send a verb to all, collect the answers, end them."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +27,7 @@ GRACE_S = 3.0  # after a failure, for the death that explains it to be seen
 class Group:
     workers: tuple[Any, ...]  # Ray actor handles, in rank order
     placement: Placement
-    begun: tuple[Any, ...]  # refs: each is through once its predecessor is gone
+    begun: tuple[Any, ...]  # refs: each resolves once the process before it on that host is gone
     pids: tuple[int, ...] = ()
     coordinator: str = ""
 
@@ -39,11 +39,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Call:
-    """A verb on its way through all hosts."""
+    """A verb that was sent to all hosts."""
 
     what: str
     refs: tuple[Any, ...]
-    timeout_s: float  # from when it is waited for: hosts take up calls in order, and they are collected in order
+    timeout_s: float  # counted from `collect`: hosts work calls off in order, so earlier ones are not on its clock
     placement: Placement
 
 
@@ -58,9 +58,9 @@ class HostsFailedError(Exception):
 
 
 def spare(spot: Spot) -> Any:
-    """Asks for a process on a host that has everything imported and waits to be needed; returns at once."""
+    """Starts a spare process on a host: it imports everything and waits. Returns at once."""
     actor = ray.remote(Host).options(
-        num_cpus=0,  # the placement group has the host's resources, and the process at work as its heir
+        num_cpus=0,  # the placement group holds the host's resources, for the working process and its successor
         max_restarts=0,
         scheduling_strategy=NodeAffinitySchedulingStrategy(spot.node_id, soft=False),
     )
@@ -68,7 +68,7 @@ def spare(spot: Spot) -> Any:
 
 
 def living(spares: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the spare processes, by node id, that did not die while they waited."""
+    """The spare processes that are still alive, by node id."""
     pings = {worker.ping.remote(): node for node, worker in spares.items()}
     ready, _ = ray.wait(list(pings), num_returns=len(pings), timeout=PING_S) if pings else ([], [])
     dead = {pings[ref] for ref in ready if isinstance(answer(ref), RayActorError)}
@@ -85,7 +85,7 @@ def spawn(
 ) -> Group:
     """A process on every host, a spare one where there is one; returns at once.
 
-    predecessors: what ran on a node before, by node id.
+    predecessors: the pid that ran on a node before, by node id.
     """
     workers, begun = [], []
     for rank, spot in enumerate(placement.spots):
@@ -122,24 +122,32 @@ def join(group: Group, config: Config, stop: Callable[[], bool]) -> Group:
     return group
 
 
-def open_trainers(group: Group, config: Config, folder: Path) -> Call:
+def tokenise(group: Group, config: Config) -> Call:
+    """Has every host make the text ready. Hosts wait for one another for less time than the call may take."""
+    timeout_s = config.timeout.tokenize_s
+    refs = [w.tokenise.remote(config.program, config.run.cache, 0.9 * timeout_s) for w in group.workers]
+    return Call("tokenising (timeout.tokenize_s)", tuple(refs), timeout_s, group.placement)
+
+
+def open_programs(group: Group, config: Config, folder: Path) -> Call:
+    """Has every host open the program that the config names, and compile what it needs."""
     refs = [w.open.remote(config.program, str(folder), config.run.cache) for w in group.workers]
-    return Call("data and compile", tuple(refs), config.timeout.compile_s, group.placement)
+    return Call("compile", tuple(refs), config.timeout.compile_s, group.placement)
 
 
 def call(group: Group, timeout_s: float, verb: str, *args: Any) -> Call:
-    """Sends a verb to all hosts; they take it up in order."""
+    """Sends a verb to all hosts, which work verbs off in the order sent."""
     return call_each(group, timeout_s, verb, [args] * len(group.workers))
 
 
 def call_each(group: Group, timeout_s: float, verb: str, arguments: Sequence[tuple[Any, ...]]) -> Call:
-    """The same, each host with arguments of its own, in rank order."""
+    """The same, with each host's own arguments, in rank order."""
     refs = tuple(w.call.remote(verb, *args) for w, args in zip(group.workers, arguments, strict=True))
     return Call(verb, refs, timeout_s, group.placement)
 
 
 def collect(sent: Call, stop: Callable[[], bool] = lambda: False) -> list[Any]:
-    """Every host's answer, in rank order. Raises HostsFailedError, and StoppedError once `stop` says so."""
+    """Waits for every host's answer; in rank order. Raises HostsFailedError, and StoppedError once `stop()`."""
     waiting = list(sent.refs)
     found: dict[Any, Any] = {}
     deadline = time.monotonic() + sent.timeout_s
@@ -163,7 +171,7 @@ class Answer:
 
 
 def answers(refs: Sequence[Any]) -> dict[Any, Any]:
-    """Of refs that are ready. One call for all of them where none has failed: there may be thousands."""
+    """Reads refs that are ready, in one call where none has failed: there may be thousands."""
     try:
         values = ray.get(list(refs), timeout=GET_S)
     except RayError:
@@ -181,7 +189,7 @@ def answer(ref: Any) -> Any:
 
 
 def gather_evidence(sent: Call) -> list[Evidence]:
-    """What each host that failed has to say, once a death had time to show itself behind its peers' exceptions."""
+    """What each failed host reports, after a short wait: a death often shows later than the exceptions it causes."""
     deadline = time.monotonic() + GRACE_S
     while True:
         ready, waiting = ray.wait(list(sent.refs), num_returns=len(sent.refs), timeout=POLL_S)

@@ -1,4 +1,4 @@
-"""Evidence of a failure: what the hosts' answers, their keepers, Ray and the files that they left say together."""
+"""Collects the evidence of a failure from the hosts' answers, their keepers, Ray and the files they left."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ from orchestrator.recovery.outcome import Evidence
 
 MARKED_S = 8.0  # for Ray to see that a machine is dead whose keeper is
 STACKS_S = 2.0  # for a process to write its stacks
-DRAINED = 3  # AUTOSCALER_DRAIN_PREEMPTED of Ray's gcs.proto: it was told before that the node would be taken away
+DRAINED = 3  # AUTOSCALER_DRAIN_PREEMPTED of Ray's gcs.proto: the node's removal was announced
 
 
 def investigate(
     evidence: Sequence[Evidence], group: Group, fleet: Fleet, held: Mapping[str, Held], folder: Path, attempt: int
 ) -> list[Evidence]:
-    """The same hosts, with all that is to be known of them, and those whose machine is gone: a peer that the loss made
-    abort may be heard of first. held: what the keepers said that answered.
+    """The failed hosts with everything known about them, and the hosts whose machine is gone: a peer that aborted
+    because of the loss may be seen first. held: the answers of the keepers that answered.
     """
     spots = group.placement.spots
     silent = {spot.node_id for spot in spots} & fleet.keepers.keys() - held.keys()
@@ -55,7 +55,7 @@ def investigate(
 
 
 def wait_marked(silent: set[str]) -> set[str]:
-    """The living nodes, once Ray has noticed that those whose keeper died with its process are dead, if they are."""
+    """The living nodes, after giving Ray time to mark those dead whose keepers are silent."""
     deadline = time.monotonic() + (MARKED_S if silent else 0.0)
     while True:
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
@@ -69,7 +69,7 @@ def killed_for_memory(before: Mapping[str, int], node: str, told: Held | None) -
 
 
 def crash_of(folder: Path, attempt: int, rank: int) -> str:
-    """What a process wrote as it crashed; nothing where it was killed."""
+    """What a process wrote as it crashed; empty where it was killed."""
     path = folder / "logs" / f"attempt-{attempt}-host-{rank}.log.crash"
     try:
         return path.read_text(errors="replace")[:4000]
@@ -95,7 +95,7 @@ def dump_stacks(group: Group, fleet: Fleet, folder: Path, attempt: int) -> dict[
 
 
 def wait_written(files: Sequence[Path]) -> None:
-    """A process that does not run at all writes nothing: it is waited for no longer than this."""
+    """Waits at most STACKS_S: a stopped process writes nothing."""
     deadline = time.monotonic() + STACKS_S
     while time.monotonic() < deadline and any(not path.exists() or not path.stat().st_size for path in files):
         time.sleep(0.05)

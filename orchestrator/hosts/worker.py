@@ -1,4 +1,4 @@
-"""The process of one host: a Ray actor around `gemma.train.trainer.Trainer`. The one file here that may import JAX.
+"""The process of one host: a Ray actor around the program that the config names. The one file here that may import JAX.
 
 It raises nothing to the controller: what a verb raised comes back as a `Raised`, in plain text, so that the
 controller needs no class of the program's to read it.
@@ -23,9 +23,12 @@ from typing import TYPE_CHECKING, Any
 from gemma.config import ConfigError, Program
 from gemma.messages import ChipFacts, Failed, Opened
 from orchestrator.hosts.keeper import NOTICE
+from orchestrator.slices.environment import unwanted
 from orchestrator.slices.topology import CHIPS_PER_HOST
 
 if TYPE_CHECKING:
+    from gemma.text.corpus import Texts
+    from gemma.train.evaluator import Evaluator
     from gemma.train.trainer import Trainer
 
 GARBAGE = 50_000  # objects made before the collector looks at them
@@ -64,6 +67,8 @@ class Host:
 
     def __init__(self) -> None:
         """Imports everything heavy, and touches no chip: another process may have them."""
+        for name in unwanted(os.environ):
+            del os.environ[name]
         if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*"):
             os.environ["JAX_PLATFORMS"] = "cpu"
         import gemma.train.trainer  # noqa: F401 - takes seconds, while other hosts are being started or are training
@@ -72,7 +77,8 @@ class Host:
         gc.freeze()
         gc.set_threshold(GARBAGE)
         sys.setswitchinterval(SWITCH_S)
-        self.trainer: Trainer | None = None
+        self.program: Trainer | Evaluator | None = None
+        self.texts: Texts | None = None
         self.rank = 0
         self.notice: str | None = None
         self.spoilt = False
@@ -138,29 +144,41 @@ class Host:
         heard: tuple[int, ...] | Raised = caught(fitness.meet, Path(cache).expanduser())
         return heard
 
+    def tokenise(self, program: Program, cache: str, wait_s: float) -> Raised | None:
+        """Makes the text ready. wait_s: for another process that tokenises the same, at most."""
+        from gemma.text import corpus
+
+        def make() -> None:
+            folder, vocab = Path(cache).expanduser(), program.model.vocab
+            self.texts = corpus.open_texts(program.data, program.eval, folder, vocab, wait_s)
+
+        return caught(make)
+
     def open(self, program: Program, folder: str, cache: str) -> Any:
-        """Makes the data and the programs ready; Opened, or what was Raised."""
+        """Makes the programs ready; Opened, or what was Raised."""
+        from gemma.train.evaluator import Evaluator
         from gemma.train.trainer import Trainer
 
         def make() -> Opened:
             if not Path(folder, "manifest.json").exists():
                 where = f"{Path(folder).parent} on host {self.rank} ({socket.gethostname()})"
                 raise ConfigError(f"run.root: {where} does not hold the run; give a directory that all hosts share")
-            self.trainer = Trainer(program, Path(folder), Path(cache).expanduser())
+            opens = Trainer if program.evaluate is None else Evaluator
+            self.program = opens(program, Path(folder), Path(cache).expanduser(), self.texts)
             gc.freeze()
-            return self.trainer.opened()
+            return self.program.opened()
 
         return caught(make)
 
     def call(self, verb: str, *args: Any) -> VerbResult | Raised:
-        """A verb of the trainer. Only rank 0 answers with its result, but for what all must agree on."""
-        result = caught(getattr(self.trainer, verb), *args)
+        """A verb of the program. Only rank 0 answers with its result, but for what all must agree on."""
+        result = caught(getattr(self.program, verb), *args)
         if isinstance(result, Raised):
             return result
         if self.rank > 0:
             result = replace(result, rows=(), evals=()) if verb == "restore" else None
-        assert self.trainer is not None
-        return VerbResult(result, self.notice, self.trainer.trouble())
+        assert self.program is not None
+        return VerbResult(result, self.notice, self.program.trouble())
 
 
 def caught(function: Any, *args: Any) -> Any:

@@ -1,201 +1,186 @@
-"""A measured value over steps, as SVG: what counts, what was done again, where attempts change.
+"""Measured values over steps, as the page's script draws them: what counts, what was done again, where attempts change.
 
-However many steps there are, a column of the paper is drawn once: its mean, between its lowest and highest value.
+A run of a million steps gives a few thousand points: the first, lowest, highest and last of each part of the axis.
 """
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
-from orchestrator.page.svg import WIDTH, Scale, box, drawing, figure, label, line, short, text, ticks, titled
+import numpy as np
 
-LEFT, RIGHT, TOP, BOTTOM = 58.0, 12.0, 24.0, 26.0
-PLOT_WIDTH = WIDTH - LEFT - RIGHT
-STRIP = 4.0  # width of what answers to the pointer
-DOTS = 60  # so few points are drawn as dots too
-OUTLIER = 20.0  # a peak above so many times the usual range is cut off
+from orchestrator.page.history import Row
 
-Points = Sequence[tuple[int, float]]
+POINTS = 3000  # a curve of more steps than this is thinned
+PARTS = 700  # into so many parts of the axis, with up to five points each
+LAYERS = 8  # of replaced steps: one that was done again more often is drawn for the newest times only
+MARKS = 500
+OUTLIER = 20.0  # a peak above so many times the usual range does not stretch the axis
+SMOOTHED = 8  # steps: the hosts' results come back a window at a time, so that a step alone has no speed of its own
 
-
-@dataclass(frozen=True)
-class Curve:
-    """points: by step, NaN where there is no value, each step once. passes: what those replaced."""
-
-    name: str
-    height: float
-    points: Points
-    passes: Sequence[Points] = ()
-    again: Sequence[tuple[int, int]] = ()  # first and last step of those done again
-    attempts: Sequence[tuple[int, int]] = ()  # attempt, the step it went on from
-    evals: Points = ()
-    marks: Sequence[tuple[int, str]] = ()  # step and what was wrong with it
-    from_zero: bool = False
-    digits: int = 4
+TITLES = {
+    "loss": "Loss, nats per token",
+    "bits_per_byte": "Bits per byte",
+    "grad_norm": "Gradient norm",
+    "learning_rate": "Learning rate",
+    "tokens_per_s": f"Tokens/s, mean of {SMOOTHED} steps",
+    "mfu": f"MFU, mean of {SMOOTHED} steps",
+}
+SPEEDS = {"tokens_per_s", "mfu"}
+FROM_ZERO = {"tokens_per_s", "mfu", "learning_rate"}
 
 
-@dataclass(frozen=True)
-class Column:
-    """The points that share a place on the paper."""
+def curves(rows: Sequence[Row], evals: Sequence[Any]) -> dict[str, Any]:
+    """rows: as written, steps done again appear again. Numbers and lists alone, None where there is no value."""
+    kept, passes = final(rows), replaced(rows)
+    layers, left_out = stacked(passes)
+    charts = [chart(name, kept, layers, evals) for name in TITLES]
+    return {
+        "charts": [one for one in charts if one["x"]],
+        "again": bands(passes),
+        "attempts": [[row.attempt, row.step - 1] for before, row in pairwise(rows) if row.attempt != before.attempt],
+        "attempt": rows[0].attempt if rows else 1,
+        "bad": bad_steps(rows),
+        "thinned": max(0, len(kept) // PARTS) if len(kept) > POINTS else 0,
+        "left_out": left_out,
+    }
 
-    first: int
-    last: int
-    low: float
-    high: float
-    mean: float
-    broken: bool  # no line leads here from the column before
+
+def final(rows: Iterable[Row]) -> list[Row]:
+    """Each step as it came out last."""
+    last = {row.step: row for row in rows}
+    return [last[step] for step in sorted(last)]
 
 
-def columns(points: Points, x: Scale, width: float = 1.0) -> list[Column]:
-    found: list[Column] = []
-    here: list[float] = []
-    place, first, before, hole, broken = -1, 0, 0, True, True
-    per_step, finite = (x.at_high - x.at_low) / (x.high - x.low) / width, math.isfinite
-    for step, value in [*points, (-1, 0.0)]:
-        at = int((step - x.low) * per_step) if step >= 0 else -2
-        if here and at != place:
-            found.append(Column(first, before, min(here), max(here), sum(here) / len(here), broken))
-            here = []
-        if step < 0 or not finite(value):
-            hole = True
+def replaced(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows that a later one of the same step made void, a list for each time through."""
+    last = {row.step: index for index, row in enumerate(rows)}
+    passes: list[list[Row]] = []
+    for index, row in enumerate(rows):
+        if last[row.step] != index:
+            joins = passes and passes[-1][-1].step == row.step - 1 and passes[-1][-1].attempt == row.attempt
+            if not joins:
+                passes.append([])
+            passes[-1].append(row)
+    return passes
+
+
+def stacked(passes: Sequence[Sequence[Row]]) -> tuple[list[list[Row]], int]:
+    """Layers in which each step occurs once and no two passes touch, and how many of the oldest found no room."""
+    layers: list[dict[int, Row]] = []
+    left_out = 0
+    for one in reversed(passes):
+        around = range(one[0].step - 1, one[-1].step + 2)
+        free = next((layer for layer in layers if not any(step in layer for step in around)), None)
+        if free is None and len(layers) == LAYERS:
+            left_out += 1
             continue
-        hole = hole or step != before + 1
-        if not here:
-            place, first, broken = at, step, hole
-        here.append(value)
-        before, hole = step, False
+        if free is None:
+            layers.append(free := {})
+        free.update((row.step, row) for row in one)
+    return [[layer[step] for step in sorted(layer)] for layer in layers], left_out
+
+
+def bands(passes: Sequence[Sequence[Row]]) -> list[list[int]]:
+    """First and last step of those done more than once, adjoining ones as one."""
+    found: list[list[int]] = []
+    for step in sorted({row.step for one in passes for row in one}):
+        if found and found[-1][1] == step - 1:
+            found[-1][1] = step
+        else:
+            found.append([step, step])
     return found
 
 
-def runs(found: Sequence[Column]) -> Iterable[list[Column]]:
-    """Columns joined by a line."""
-    joined: list[Column] = []
-    for column in found:
-        if column.broken and joined:
-            yield joined
-            joined = []
-        joined.append(column)
-    if joined:
-        yield joined
+def bad_steps(rows: Sequence[Row]) -> list[list[Any]]:
+    """First step, last step, how many, and what was wrong with the first."""
+    found = sorted(
+        (row.step, "no finite loss" if row.ok else "its update was not applied")
+        for row in rows
+        if not row.ok or math.isnan(row.loss)
+    )
+    size = -(-len(found) // MARKS) or 1
+    groups = [found[at : at + size] for at in range(0, len(found), size)]
+    return [[group[0][0], group[-1][0], len(group), group[0][1]] for group in groups]
 
 
-def limits(curve: Curve) -> tuple[float, float]:
-    """Of the value's axis. A peak far above all else does not flatten it."""
-    told = [*curve.points, *curve.evals, *(point for one in curve.passes for point in one)]
-    values = sorted(value for _, value in told if math.isfinite(value))
-    if not values:
-        return 0.0, 1.0
-    low, high = 0.0 if curve.from_zero else values[0], values[-1]
-    usual = values[int(0.98 * (len(values) - 1))] - low
+def chart(name: str, kept: Sequence[Row], layers: Sequence[Sequence[Row]], evals: Sequence[Any]) -> dict[str, Any]:
+    traces = [trace(name, rows) for rows in (kept, *layers)]
+    if hasattr(evals[0] if evals else None, name):
+        traces.append(trace(name, evals))
+    values = np.concatenate([values[np.isfinite(values)] for _, values in traces])
+    shown = [steps[drawn(steps, values)] for steps, values in traces] if values.size else [np.array([])]
+    x = np.unique(np.concatenate(shown))
+    y = [sampled(x, steps, values) for steps, values in traces]
+    return {
+        "name": name,
+        "title": TITLES[name],
+        "range": limits(values, name in FROM_ZERO),
+        "x": [int(step) for step in x],
+        "kept": y[0],
+        "replaced": y[1 : 1 + len(layers)],
+        "evals": y[1 + len(layers)] if len(y) > 1 + len(layers) else [],
+    }
+
+
+def trace(name: str, rows: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values, each float64; NaN after a step whose successor is missing, so that no line leads over it."""
+    steps = np.array([row.step for row in rows], float)
+    values = np.array([getattr(row, name) for row in rows], float)
+    if name in SPEEDS:
+        values = smoothed(values, np.array([row.attempt for row in rows], float))
+    if not rows or not hasattr(rows[0], "attempt"):
+        return steps, values
+    holes = np.flatnonzero(np.diff(steps) > 1) + 1
+    return np.insert(steps, holes, steps[holes - 1] + 1), np.insert(values, holes, math.nan)
+
+
+def smoothed(speeds: np.ndarray, attempts: np.ndarray) -> np.ndarray:
+    """The mean speed of the newest SMOOTHED steps of one attempt, up to each step; NaN where it has none."""
+    there = np.flatnonzero(speeds > 0)
+    found = np.full(speeds.shape, math.nan)
+    if there.size:
+        order = np.arange(there.size)
+        changes = np.r_[True, np.diff(attempts[there]) != 0]
+        first = np.maximum(np.maximum.accumulate(np.where(changes, order, 0)), order - SMOOTHED + 1)
+        total = np.r_[0.0, np.cumsum(1.0 / speeds[there])]
+        found[there] = (order + 1 - first) / (total[order + 1] - total[first])
+    return found
+
+
+def drawn(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Indices of what is drawn of a curve: all of a short one; of each part of a long one its first, lowest, highest
+    and last value, and its first hole. x ascends."""
+    if len(x) <= POINTS:
+        return np.arange(len(x))
+    edges = np.searchsorted(x, np.linspace(x[0], x[-1], PARTS + 1)[1:-1])
+    found: set[int] = set()
+    for begin, end in pairwise([0, *edges, len(x)]):
+        there = begin + np.flatnonzero(np.isfinite(y[begin:end]))
+        if there.size:
+            found |= {there[0], there[-1], there[np.argmin(y[there])], there[np.argmax(y[there])]}
+        if there.size < end - begin:
+            found.add(begin + int(np.argmin(np.isfinite(y[begin:end]))))
+    return np.array(sorted(found), int)
+
+
+def sampled(at: np.ndarray, x: np.ndarray, y: np.ndarray) -> list[float | None]:
+    """The curve's value at each place, with six digits."""
+    if not len(x) or not len(at):
+        return [None] * len(at)
+    index = np.minimum(np.searchsorted(x, at), len(x) - 1)
+    values = np.where(x[index] == at, y[index], math.nan)
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values]
+
+
+def limits(values: np.ndarray, from_zero: bool = False) -> list[float]:
+    """Of the value's axis. A peak far above all else does not flatten the curve."""
+    if not values.size:
+        return [0.0, 1.0]
+    low, high = 0.0 if from_zero else float(values.min()), float(values.max())
+    usual = float(np.quantile(values, 0.98, method="lower")) - low
     if usual > 0 and high - low > OUTLIER * usual:
-        high = max(value for value in values if value - low <= OUTLIER * usual)
-    if high <= low:
-        room = abs(high) * 0.1 or 1.0
-        return (low, high + room) if curve.from_zero else (low - room, high + room)
-    room = (high - low) * 0.06
-    return (low if curve.from_zero else low - room), high + room
-
-
-def trace(found: Sequence[Column], x: Scale, y: Scale, kind: str) -> list[str]:
-    parts = []
-    for joined in runs(found):
-        places = [(x((c.first + c.last) / 2), c) for c in joined]
-        if any(c.high > c.low for c in joined):
-            edge = [f"{at:.1f} {y(c.high):.1f}" for at, c in places]
-            edge += [f"{at:.1f} {y(c.low):.1f}" for at, c in reversed(places)]
-            parts.append(f'<path class="{kind} spread" d="M{"L".join(edge)}Z"/>')
-        if len(joined) == 1:
-            parts.append(f'<circle class="{kind} dot" cx="{places[0][0]:.1f}" cy="{y(joined[0].mean):.1f}" r="2.2"/>')
-            continue
-        way = "L".join(f"{at:.1f} {y(c.mean):.1f}" for at, c in places)
-        parts.append(f'<path class="{kind}" d="M{way}"/>')
-        if len(found) <= DOTS and kind == "kept":
-            parts += [f'<circle class="{kind} dot" cx="{a:.1f}" cy="{y(c.mean):.1f}" r="2.2"/>' for a, c in places]
-    return parts
-
-
-def frame(curve: Curve, x: Scale, y: Scale, floor: float) -> list[str]:
-    parts = []
-    across, up = ticks(x.low, x.high, 10, least=1.0), ticks(y.low, y.high, max(4, int(curve.height / 40)))
-    for value in up:
-        parts += [line(LEFT, y(value), WIDTH - RIGHT, y(value), "grid")]
-        parts += [label(LEFT - 8, y(value) + 3.5, short(value, up[1] - up[0] if len(up) > 1 else 0.0), "end")]
-    for value in across:
-        parts += [line(x(value), floor, x(value), floor + 4, "axis")]
-        parts += [label(x(value), floor + 17, short(value, across[1] - across[0] if len(across) > 1 else 1.0))]
-    return [*parts, line(LEFT, floor, WIDTH - RIGHT, floor, "axis")]
-
-
-def attempts(curve: Curve, x: Scale, floor: float) -> list[str]:
-    parts, free = [], 0.0
-    for number, step in curve.attempts:
-        at = x(step)
-        told = titled(f"attempt {number} goes on from step {step}")
-        parts.append(f'<g class="attempt">{told}{line(at, TOP - 8, at, floor, "turn")}')
-        if at >= free:
-            parts.append(label(at, TOP - 12, str(number), kind="turned"))
-            free = at + 9.0 + 7.0 * len(str(number))
-        parts.append("</g>")
-    return parts
-
-
-def marks(curve: Curve, x: Scale) -> list[str]:
-    """One triangle a column, whatever number of steps it stands for."""
-    places: dict[int, list[tuple[int, str]]] = {}
-    for step, why in curve.marks:
-        places.setdefault(int(x(step) / 3), []).append((step, why))
-    parts = []
-    for here in places.values():
-        at = x(here[0][0])
-        more = f", and {len(here) - 1} more up to step {here[-1][0]}" if len(here) > 1 else ""
-        told = titled(f"step {here[0][0]}: {here[0][1]}{more}")
-        shape = f"M{at - 4:.1f} {TOP:.1f}h8l-4 7z"
-        parts.append(
-            f'<g>{told}{line(at, TOP + 6, at, curve.height - BOTTOM, "bad")}<path class="wrong" d="{shape}"/></g>'
-        )
-    return parts
-
-
-def strips(curve: Curve, x: Scale) -> list[str]:
-    """What the pointer finds."""
-    ordered, at, parts = sorted((step, number) for number, step in curve.attempts), 0, []
-    attempt = "attempt 1"
-    for found in columns(curve.points, x, STRIP):
-        while at < len(ordered) and ordered[at][0] < found.last:
-            attempt = f"attempt {ordered[at][1]}"
-            at += 1
-        steps = f"steps {found.first}–{found.last}" if found.last > found.first else f"step {found.first}"
-        told = f"{steps}: {curve.name} {figure(found.mean, curve.digits)}"
-        if found.high > found.low:
-            told += f" ({figure(found.low, curve.digits)} to {figure(found.high, curve.digits)})"
-        middle = x((found.first + found.last) / 2)
-        height = curve.height - TOP - BOTTOM
-        parts.append(box(middle - STRIP / 2, TOP, STRIP, height, "strip", f"{told}, {attempt}"))
-    return parts
-
-
-def draw(curve: Curve) -> str:
-    floor = curve.height - BOTTOM
-    last = max((step for step, _ in [*curve.points, *curve.evals]), default=0)
-    x = Scale(0.0, max(last, 1), LEFT, WIDTH - RIGHT)
-    y = Scale(*limits(curve), floor, TOP)
-    parts = [
-        box(x(first - 1), TOP, max(x(end) - x(first - 1), 1.0), floor - TOP, "again", f"steps {first}–{end} done again")
-        for first, end in curve.again
-    ]
-    parts += frame(curve, x, y, floor)
-    for replaced in curve.passes:
-        parts += trace(columns(replaced, x), x, y, "replaced")
-    found = columns(curve.points, x)
-    parts += trace(found, x, y, "kept")
-    parts += [
-        f'<path class="above" d="M{x(c.first) - 3:.1f} {TOP + 7:.1f}l3 -5l3 5z"/>' for c in found if c.high > y.high
-    ]
-    if not found and not curve.evals:
-        parts.append(label(WIDTH / 2, (TOP + floor) / 2, "no value to draw yet", kind="empty"))
-    parts += [*attempts(curve, x, floor), *strips(curve, x), *marks(curve, x)]
-    for step, value in curve.evals:
-        if math.isfinite(value):
-            told = titled(f"eval after step {step}: {curve.name} {figure(value, curve.digits)}")
-            parts.append(f'<path class="eval" d="M{x(step):.1f} {y(value) - 5:.1f}l5 5l-5 5l-5 -5z">{told}</path>')
-    return drawing(curve.height, parts, f"{text(curve.name)} over steps")
+        high = float(values[values - low <= OUTLIER * usual].max())
+    room = (high - low) * 0.06 if high > low else abs(high) * 0.1 or 1.0
+    return [low if from_zero else low - room, high + room]

@@ -1,18 +1,19 @@
-"""What a run directory tells of a run, in the form the report page draws it. Reads only; trusts no value."""
+"""What a run directory holds of a run, read for the report page. Writes nothing; trusts no value."""
 
 import bisect
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from orchestrator.page.timeline import Stretch, stretches
 from orchestrator.record import rundir
+from orchestrator.record.jsonfile import read_object
 from orchestrator.recovery.incident import Incident
 
 ENDS = {"finish": "finished", "stop": "stopped", "give_up": "gave up", "refuse": "refused"}
+LARGEST = 1e100
 
 
 class Row(NamedTuple):
@@ -22,10 +23,16 @@ class Row(NamedTuple):
     attempt: int
     loss: float
     bits_per_byte: float
+    grad_norm: float
+    learning_rate: float
     tokens_per_s: float
+    mfu: float
     step_s: float
     time: float
     ok: bool
+
+
+MEASURED = Row._fields[2:-1]
 
 
 class Eval(NamedTuple):
@@ -57,10 +64,9 @@ class History:
 
 
 def number(value: Any) -> float:
-    """NaN for anything that is not a finite number."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return math.nan
+    """NaN for anything that is not a finite number, or too large to be one that was measured."""
+    sound = isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
+    return float(value) if sound else math.nan
 
 
 def whole(value: Any) -> int:
@@ -70,21 +76,25 @@ def whole(value: Any) -> int:
 
 def read(folder: Path, state: str, now: float) -> History:
     """state: as launch.status calls it. now: time.time(), up to which a running controller is known to live."""
-    manifest = rundir.read_manifest(folder)
+    manifest = checked(rundir.read_manifest(folder))
     rows = read_rows(folder / "metrics.jsonl")
-    events = [
-        e for e in rundir.read_lines(folder / "events.jsonl") if isinstance(e, dict) and number(e.get("time")) > 0
-    ]
-    goodput = read_goodput(folder / "goodput.json")
+    lines = [e for e in rundir.read_lines(folder / "events.jsonl") if isinstance(e, dict)]
+    events = [e for e in lines if number(e.get("time")) > 0 and isinstance(e.get("event"), str)]
+    goodput = read_object(folder / "goodput.json") or {}
     incidents = read_incidents(goodput, events)
-    told = [e for e in events if e.get("event") == "eval"]
-    evals = {e.step: e for e in (Eval(whole(t.get("step")), number(t.get("loss")), bits(t)) for t in told)}
+    found = [e for e in events if e["event"] == "eval"]
+    losses = [Eval(whole(e.get("step")), number(e.get("loss")), number(e.get("bits_per_byte"))) for e in found]
+    evals = {one.step: one for one in losses}
     controllers = lives(manifest, rows, events, incidents, now if state == "running" else None)
     return History(manifest, state, rows, events, [evals[s] for s in sorted(evals)], controllers, incidents, goodput)
 
 
-def bits(row: dict[str, Any]) -> float:
-    return number(row.get("bits_per_byte"))
+def checked(manifest: rundir.Manifest) -> rundir.Manifest:
+    """With nothing where a damaged manifest holds something else than it should."""
+    found = {name: getattr(manifest, name) for name in ("config", "mesh", "versions")}
+    tables: dict[str, Any] = {name: value if isinstance(value, dict) else {} for name, value in found.items()}
+    attempts = [replace(one, time=number(one.time) if number(one.time) > 0 else 0.0) for one in manifest.attempts]
+    return replace(manifest, created=number(manifest.created), attempts=attempts, **tables)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -92,39 +102,37 @@ def read_rows(path: Path) -> list[Row]:
     for row in rundir.read_lines(path):
         if not isinstance(row, dict) or math.isnan(number(row.get("step"))):
             continue
-        ok = row.get("ok", 1.0) != 0
-        attempt, loss, speed = whole(row.get("attempt")), number(row.get("loss")), number(row.get("tokens_per_s"))
-        step_s, when = number(row.get("step_s")), number(row.get("time"))
-        found.append(Row(int(row["step"]), attempt, loss, bits(row), speed, step_s, when, ok))
+        values = {name: number(row.get(name)) for name in MEASURED}
+        found.append(Row(int(row["step"]), whole(row.get("attempt")), **values, ok=row.get("ok", 1.0) != 0))
     return found
-
-
-def read_goodput(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def read_incidents(goodput: dict[str, Any], events: Sequence[dict[str, Any]]) -> list[Incident]:
     """Those of goodput.json, and the failures of events.jsonl that are not among them (older runs)."""
     known = {field.name for field in fields(Incident)}
-    empty = {"time": 0.0, "attempt": 0, "outcome": "", "rank": None, "step": 0, "evidence": ""}
     listed = goodput.get("incidents")
     rows = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
-    found = [Incident(**(empty | {key: row[key] for key in row.keys() & known})) for row in rows]
+    found = [incident({key: row[key] for key in row.keys() & known}) for row in rows]
     there = {(one.attempt, one.step) for one in found}
     for index, event in enumerate(events):
-        if event.get("event") != "failure" or (event.get("attempt"), event.get("step")) in there:
+        if event["event"] != "failure" or (whole(event.get("attempt")), whole(event.get("step"))) in there:
             continue
         detect_s = number(event.get("detect_s"))
         took = 0.0 if math.isnan(detect_s) else detect_s
-        told = {key: event.get(key, empty[key]) for key in ("attempt", "outcome", "rank", "step", "evidence")}
-        then = next((e for e in events[index + 1 :] if e.get("event") in ("decision", "failure")), {})
+        facts = {key: event[key] for key in ("attempt", "outcome", "rank", "step", "evidence") if key in event}
+        then = next((e for e in events[index + 1 :] if e["event"] in ("decision", "failure")), {})
         decision = f"{then['decision']}: {then.get('reason', '')}" if "decision" in then else ""
-        found.append(Incident(event["time"] - took, **told, decision=decision, detect_s=took))
-    return sorted(found, key=lambda one: (one.attempt, number(one.time)))
+        found.append(incident(facts | {"time": event["time"] - took, "decision": decision, "detect_s": took}))
+    return sorted(found, key=lambda one: (one.attempt, one.time))
+
+
+def incident(facts: dict[str, Any]) -> Incident:
+    """Texts may be anything; what is counted or measured is a number."""
+    empty: dict[str, Any] = {"time": 0.0, "attempt": 0, "outcome": "", "rank": None, "step": 0, "evidence": ""}
+    numbers = {key: whole(facts.get(key)) for key in ("attempt", "step")}
+    spans = {key: number(facts.get(key)) for key in ("time", "detect_s", "restart_s", "catch_up_s")}
+    known = {key: None if math.isnan(value) else value for key, value in spans.items()}
+    return Incident(**(empty | facts | numbers | known | {"time": known["time"] or 0.0}))
 
 
 def lives(

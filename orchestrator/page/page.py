@@ -1,17 +1,23 @@
-"""A run on one HTML page that needs nothing else: no script, no font, no image, no network."""
+"""A run on one HTML page that needs nothing else: its style and its script are in it, and no network is asked."""
 
+import base64
+import hashlib
 import math
-import time
-from collections import deque
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
 
-from orchestrator.page import bars, curves
-from orchestrator.page.curves import Curve
-from orchestrator.page.history import History, Row, number
-from orchestrator.page.style import sheet
-from orchestrator.page.svg import duration, figure, short, text
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+from orchestrator.page.curves import curves, final
+from orchestrator.page.figures import clock, duration, figure, short
+from orchestrator.page.history import History, number
+from orchestrator.page.walltime import lived_s, walltime
 from orchestrator.record.goodput import BUCKETS
 
+FOLDER = Path(__file__).parent
+UPLOT = FOLDER / "uplot-1.6.32"  # its licence goes into each page
 MEANS = {
     "step": "steps never done before",
     "replay": "steps done again after a failure",
@@ -23,60 +29,82 @@ MEANS = {
     "eval": "held-out loss",
     "save": "steps held up by a checkpoint",
     "snapshot": "steps held up by a copy in host memory",
-    "detect": "from a failure to knowing of it",
+    "detect": "from a failure to its detection",
     "down": "clearing up after a failure",
     "other": "none of these",
 }
 LOOKS = {"finished": "good", "running": "busy", "stopped": "rest"}
 INCIDENTS_SHOWN = 500
-SMOOTHED = 8  # steps: those of one window come back together, so that one alone tells no speed
 
 
 def page(history: History) -> str:
-    found = history.manifest
-    body = [header(history), training(history), timeline(history), incidents(history), ledger(history)]
-    title = text(f"{found.id}: {history.state}")
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<style>{sheet()}</style></head>
-<body><main>
-{chr(10).join(body)}
-<footer>python -m launch.report run={text(found.id)}</footer>
-</main></body></html>
-"""
+    training, time = curves(history.rows, history.evals), walltime(history)
+    style = f"{(UPLOT / 'uPlot.min.css').read_text()}\n{(FOLDER / 'report.css').read_text()}"
+    licence = (UPLOT / "LICENSE").read_text()
+    script = f"/*\n{licence}*/\n{(UPLOT / 'uPlot.iife.min.js').read_text()}\n{(FOLDER / 'report.js').read_text()}"
+    return template().render(
+        policy=f"default-src 'none'; base-uri 'none'; form-action 'none'; script-src '{digest(script)}';"
+        f" style-src '{digest(style)}'",
+        style=style,
+        script=script,
+        data={"training": training, "time": time, "buckets": BUCKETS},
+        history=history,
+        look=LOOKS.get(history.state, "poor"),
+        tiles=tiles(history),
+        facts=facts(history),
+        commands=commands(history),
+        training=training,
+        phases=ordered({phase[2] for phase in time.get("phases", [])}),
+        incidents=history.incidents[:INCIDENTS_SHOWN],
+        ledger=ledger(history),
+    )
 
 
-def clock(when: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)) if math.isfinite(when) else "–"
+@cache
+def template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # What is on the page as JSON is made of numbers and texts alone: a NaN would be no JSON.
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    environment.filters |= {"clock": clock, "duration": duration, "number": number, "bucket": bucket}
+    return environment.get_template("report.html")
 
 
-def table(head: Sequence[tuple[str, str]], rows: Sequence[str], foot: str = "") -> str:
-    """head: class and title of each column."""
-    cells = "".join(f'<th class="{kind}">{text(title)}</th>' for kind, title in head)
-    return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(rows)}</tbody>{foot}</table></div>'
+def printable(value: Any) -> Any:
+    """HTML cannot carry control characters and lone surrogates: they are replaced."""
+    if hasattr(value, "__html__"):
+        return value
+    return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
 
 
-def cell(shown: object, kind: str = "") -> str:
-    return f'<td class="{kind}">{text(shown)}</td>'
+def digest(content: str) -> str:
+    """As a Content-Security-Policy names what it allows."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
 
 
-def final(rows: Sequence[Row]) -> list[Row]:
-    """Each step as it came out last."""
-    last = {row.step: row for row in rows}
-    return [last[step] for step in sorted(last)]
+def bucket(name: str) -> str:
+    """The one that gives it its colour."""
+    return name if name in BUCKETS else "other"
 
 
-def header(history: History) -> str:
-    found, config = history.manifest, history.manifest.config
+def ordered(names: Sequence[str] | set[str]) -> list[str]:
+    return [*(name for name in BUCKETS if name in names), *sorted(set(names) - set(BUCKETS))]
+
+
+def tiles(history: History) -> list[tuple[str, str]]:
+    """Figures and what they are."""
     rows = final(history.rows)
     last = rows[-1] if rows else None
-    steps = config.get("train", {}).get("steps", "?")
+    steps = section(history, "train").get("steps")
     speeds = sorted(row.tokens_per_s for row in rows if math.isfinite(row.tokens_per_s))
     goodput = number(history.goodput.get("goodput"))
-    tiles = [
+    return [
         (f"{last.step if last else 0:,}", f"of {steps:,} steps" if isinstance(steps, int) else "steps"),
         (figure(last.loss if last else math.nan), "loss"),
         (figure(last.bits_per_byte if last else math.nan), "bits per byte"),
@@ -85,216 +113,55 @@ def header(history: History) -> str:
         (str(history.goodput.get("restarts", "–")), "restarts"),
         (duration(number(history.goodput.get("wall_s"))), "wall time"),
     ]
-    shown = "".join(f'<div class="tile"><b>{text(value)}</b><span>{text(name)}</span></div>' for value, name in tiles)
-    look = LOOKS.get(history.state, "poor")
-    badge = f'<span class="badge {look}">{text(history.state)}</span>'
-    started = text(f"started {clock(found.created)} {time.strftime('%Z')}")
-    return f"""<header><div class="top"><h1>{text(found.id)}</h1>{badge}</div><p class="soft">{started}</p></header>
-<div class="tiles">{shown}</div>
-<section><h2>Run</h2>{facts(history)}{commands(history)}</section>"""
 
 
-def facts(history: History) -> str:
-    found, config = history.manifest, history.manifest.config
-    cluster, model = config.get("cluster", {}), config.get("model", {})
-    slices = cluster.get("num_slices", 1)
-    data, batch = config.get("data", {}), config.get("train", {}).get("batch", "?")
+def section(history: History, name: str) -> dict[str, Any]:
+    found = history.manifest.config.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def facts(history: History) -> dict[str, str]:
+    found, cluster, data = history.manifest, section(history, "cluster"), section(history, "data")
+    slices, batch = cluster.get("num_slices", 1), section(history, "train").get("batch", "?")
     listed = {
-        "model": model.get("name", "?"),
+        "model": section(history, "model").get("name", "?"),
         "mesh": " × ".join(f"{axis} {size}" for axis, size in found.mesh.items()),
         "slice": f"{f'{slices} × ' if slices != 1 else ''}{cluster.get('slice', '?')} ({cluster.get('kind', '?')})",
         "data": f"{data.get('source', '?')}, {data.get('sequence', '?')} tokens a row, {batch} rows a step",
         "git commit": found.git_commit or "unknown",
         "versions": ", ".join(f"{name} {version}" for name, version in found.versions.items()),
     }
-    if found.parent:
-        listed["parent run"] = found.parent
-    return f"<dl>{''.join(f'<dt>{text(name)}</dt><dd>{text(value)}</dd>' for name, value in listed.items())}</dl>"
+    return listed | ({"parent run": found.parent} if found.parent else {})
 
 
-def commands(history: History) -> str:
-    """Each command that worked on the run, with its overrides and how it ended."""
-    starts = [attempt.time for attempt in history.manifest.attempts]
-    rows = []
-    for attempt, following in zip(history.manifest.attempts, [*starts[1:], math.inf], strict=False):
-        ends = [one.end for one in history.controllers if attempt.time <= one.began < following]
-        overrides = f'<td class="fill"><code>{text(" ".join(attempt.overrides)) or "none"}</code></td>'
-        cells = [
-            cell(clock(attempt.time), "nw"),
-            cell(attempt.command),
-            overrides,
-            cell(ends[-1] if ends else "–", "nw"),
-        ]
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    return "<h3>Commands</h3>" + table([("", "at"), ("", "command"), ("", "overrides"), ("", "ended")], rows)
-
-
-def legend(*keys: tuple[str, str, str]) -> str:
-    """class, style and name of each key."""
-    shown = [f'<span><i class="key {kind}" style="{style}"></i>{text(name)}</span>' for kind, style, name in keys]
-    return f'<div class="legend">{"".join(shown)}</div>'
-
-
-def replaced(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows that a later one of the same step made void, a list for each time through."""
-    last = {row.step: index for index, row in enumerate(rows)}
-    passes: list[list[Row]] = []
-    for index, row in enumerate(rows):
-        if last[row.step] != index:
-            joins = passes and passes[-1][-1].step == row.step - 1 and passes[-1][-1].attempt == row.attempt
-            if not joins:
-                passes.append([])
-            passes[-1].append(row)
-    return passes
-
-
-def bands(passes: Sequence[Sequence[Row]]) -> list[tuple[int, int]]:
-    """First and last step of those done more than once, side by side ones as one."""
-    found: list[tuple[int, int]] = []
-    for step in sorted({row.step for one in passes for row in one}):
-        if found and found[-1][1] == step - 1:
-            found[-1] = (found[-1][0], step)
-        else:
-            found.append((step, step))
+def commands(history: History) -> list[tuple[float, str, str, str, str]]:
+    """Each command that worked on the run: when, its name, its overrides, how it ended, and how long until the next."""
+    attempts = history.manifest.attempts
+    starts = [*(attempt.time for attempt in attempts), math.inf]
+    found = []
+    for index, attempt in enumerate(attempts):
+        lives = [one for one in history.controllers if starts[index] <= one.began < starts[index + 1]]
+        following = [one.began for one in history.controllers if one.began >= starts[index + 1]]
+        away = f"resumed {duration(following[0] - lives[-1].ended)} later" if lives and following else ""
+        overrides = " ".join(map(str, attempt.overrides)) or "none"
+        found.append((attempt.time, attempt.command, overrides, lives[-1].end if lives else "–", away))
     return found
 
 
-def speeds(rows: Sequence[Row]) -> list[tuple[int, float]]:
-    """tokens/s over the newest SMOOTHED steps of one attempt, up to each step."""
-    found, newest = [], deque[Row](maxlen=SMOOTHED)
-    for row in rows:
-        if newest and newest[-1].attempt != row.attempt:
-            newest.clear()
-        if row.tokens_per_s > 0:
-            newest.append(row)
-        slowness = [1.0 / one.tokens_per_s for one in newest]
-        found.append((row.step, len(slowness) / sum(slowness) if row.tokens_per_s > 0 else math.nan))
-    return found
-
-
-def training(history: History) -> str:
-    rows, passes = final(history.rows), replaced(history.rows)
-    again = bands(passes)
-    turns = [
-        (row.attempt, row.step - 1)
-        for before, row in zip(history.rows, history.rows[1:], strict=False)
-        if row.attempt != before.attempt
-    ]
-    wrong = [
-        (row.step, "no finite loss" if row.ok else "its update was not applied")
-        for row in sorted(history.rows, key=lambda row: row.step)
-        if not row.ok or math.isnan(row.loss)
-    ]
-    evals = [(one.step, one.loss) for one in history.evals]
-    loss = Curve(
-        "loss",
-        300.0,
-        [(r.step, r.loss) for r in rows],
-        [[(r.step, r.loss) for r in p] for p in passes],
-        again,
-        turns,
-        evals,
-        wrong,
-    )
-    speed = Curve(
-        "tokens/s",
-        200.0,
-        speeds(rows),
-        [speeds(p) for p in passes],
-        again,
-        turns,
-        from_zero=True,
-        digits=0,
-    )
-    keys = [("line", "color:var(--kept)", "counts")]
-    if len(rows) > curves.PLOT_WIDTH:
-        keys.append(("", "background:var(--kept);opacity:.3", "lowest to highest"))
-    if passes:
-        keys += [
-            ("line", "color:var(--replaced)", "replaced: done again later"),
-            ("", "background:var(--again)", "steps done again"),
-        ]
-    if turns:
-        keys.append(("stroke", "", "a new attempt goes on"))
-    if evals:
-        keys.append(("turned", "background:var(--eval)", "eval loss"))
-    if wrong:
-        keys.append(("down", "", f"update not applied, or no finite loss ({len(wrong)})"))
-    return f"""<section><h2>Training</h2>{legend(*keys)}
-<h3>Loss, nats per token, over steps</h3><div class="wide">{curves.draw(loss)}</div>
-<h3>Throughput, tokens/s, over steps: each with the {SMOOTHED - 1} before it</h3>
-<div class="wide">{curves.draw(speed)}</div></section>"""
-
-
-def timeline(history: History) -> str:
-    there = {stretch.name for one in history.controllers for stretch in one.stretches}
-    ordered = [*(name for name in BUCKETS if name in there), *sorted(there - set(BUCKETS))]
-    keys = [(bars.kind(name), "", name) for name in ordered]
-    several = len(history.controllers) > 1
-    note = "Time during which a controller lived" + (", end to end; gray is the time between two." if several else ".")
-    note += " Dots: checkpoints that became whole; diamonds: updates not applied."
-    return f"""<section><h2>Timeline</h2><p class="note">{note}</p><div class="wide">{bars.timeline(history)}</div>
-{legend(*keys)}</section>"""
-
-
-def incidents(history: History) -> str:
-    if not history.incidents:
-        return '<section><h2>Incidents</h2><p class="soft">None.</p></section>'
-    rows = []
-    for index, one in enumerate(history.incidents[:INCIDENTS_SHOWN], 1):
-        said = str(one.evidence)
-        evidence = text(said)
-        if len(said) > 140:
-            evidence = f"<details><summary>{text(said[:120])}…</summary>{evidence}</details>"
-        rank = "" if one.rank is None else f"rank {text(one.rank)}"
-        lost = "" if one.steps_lost is None else f"{text(one.steps_lost)} step{'' if one.steps_lost == 1 else 's'} lost"
-        took = [duration(number(value)) for value in (one.detect_s, one.restart_s, one.catch_up_s)]
-        cells = [
-            *(cell(index, "n"), cell(clock(number(one.time))[5:] or "–", "nw"), cell(one.attempt, "n")),
-            cell(one.step, "n"),
-            f'<td class="nw">{text(one.outcome)}<div class="soft">{rank}</div></td>',
-            f'<td class="what">{evidence}<div class="soft">{text(one.decision)}</div></td>',
-            f'<td class="nw">{text(one.source or "–")}<div class="soft">{lost}</div></td>',
-            *(cell(seconds, "n") for seconds in took),
-        ]
-        rows.append(f'<tr id="incident-{index}">{"".join(cells)}</tr>')
-    head = [("n", "#"), ("", "at"), ("n", "attempt"), ("n", "step"), ("", "outcome")]
-    head += [("", "evidence and decision"), ("", "restored from")]
-    head += [("n", "detect"), ("n", "restart"), ("n", "catch up")]
-    left = len(history.incidents) - INCIDENTS_SHOWN
-    more = f'<p class="note">and {left} more in goodput.json</p>' if left > 0 else ""
-    return f"<section><h2>Incidents ({len(history.incidents)})</h2>{table(head, rows)}{more}</section>"
-
-
-def ledger(history: History) -> str:
+def ledger(history: History) -> dict[str, Any]:
+    """The buckets of goodput.json, each with its share of their sum, and what the sum is held against."""
     found = history.goodput.get("buckets")
-    told = {str(name): number(value) for name, value in found.items()} if isinstance(found, dict) else {}
-    ordered = [*(name for name in BUCKETS if name in told), *(name for name in told if name not in BUCKETS)]
-    buckets = [(name, told[name]) for name in ordered if told[name] >= 0]
-    total = sum(seconds for _, seconds in buckets)
+    seconds = {str(name): number(value) for name, value in found.items()} if isinstance(found, dict) else {}
+    total = sum(value for value in seconds.values() if value >= 0)
     if not total:
-        return '<section><h2>Where the time went</h2><p class="soft">Nothing is told yet.</p></section>'
-    rows = []
-    for name, seconds in buckets:
-        key = f'<td class="nw"><i class="key {bars.kind(name)}"></i>{text(name)}</td>'
-        cells = [
-            key,
-            cell(f"{seconds:,.1f}", "n"),
-            cell(f"{seconds / total:.1%}", "n"),
-            cell(MEANS.get(name, ""), "soft"),
-        ]
-        faint = ' class="faint"' if seconds < 0.05 else ""
-        rows.append(f"<tr{faint}>{''.join(cells)}</tr>")
-    foot = f'<tfoot><tr><td>sum</td><td class="n">{total:,.1f}</td><td class="n">100.0%</td><td></td></tr></tfoot>'
-    wall, lived = number(history.goodput.get("wall_s")), bars.worked(history.controllers)
-    against = []
-    for name, seconds in (
-        ("wall time as told by goodput.json", wall),
-        ("first to last sign of each controller", lived),
-    ):
-        if seconds > 0:
-            against.append(f"{name}: {seconds:,.1f} s ({(total - seconds) / seconds:+.2%} in the sum)")
-    head = [("", "bucket"), ("n", "seconds"), ("n", "share"), ("", "what it is")]
-    return f"""<section><h2>Where the time went</h2><div class="wide">{bars.ledger(buckets)}</div>
-{table(head, rows, foot)}
-<p class="note">{text("; ".join(against))}.</p></section>"""
+        return {}
+    rows: list[dict[str, Any]] = []
+    at = 0.0
+    for name in ordered(list(seconds)):
+        if seconds[name] >= 0:
+            rows.append({"name": name, "s": seconds[name], "at": at, "share": seconds[name] / total})
+            at += seconds[name] / total
+    wall, lived = number(history.goodput.get("wall_s")), lived_s(history.controllers)
+    spans = (("wall time in goodput.json", wall), ("first to last sign of each controller", lived))
+    against = [f"{name}: {s:,.1f} s ({(total - s) / s:+.2%} in the sum)" for name, s in spans if s > 0]
+    return {"rows": [row | {"means": MEANS.get(row["name"], "")} for row in rows], "total": total, "against": against}

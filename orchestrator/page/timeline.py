@@ -13,6 +13,7 @@ BEGINS = {
     "failure": "down",
     "decision": "reserve",
 }
+LONGEST_S = 1e10  # what is more than three centuries is damage
 
 
 class Stretch(NamedTuple):
@@ -52,7 +53,7 @@ def stretches(
 
 def seconds(event: dict[str, Any], key: str = "duration_s") -> float:
     value = event.get(key)
-    return max(0.0, float(value)) if isinstance(value, int | float) else 0.0
+    return float(value) if isinstance(value, int | float) and 0 <= value <= LONGEST_S else 0.0
 
 
 def opened(events: Sequence[dict[str, Any]], name: str, after: Sequence[str]) -> list[tuple[float, float]]:

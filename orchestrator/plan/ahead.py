@@ -17,6 +17,7 @@ from gemma.config import ConfigError, naming
 from gemma.plan.compile_ahead import Job
 from gemma.versions import packages, source_digest
 from orchestrator.config import Config
+from orchestrator.slices.environment import inherited
 
 POLL_S = 0.2
 Tell = Callable[[str, float], None]  # what is being compiled, and for how many seconds
@@ -59,7 +60,8 @@ def key(config: Config) -> str:
     """Names an answer by all that it depends on: what the step is built from, and versions."""
     p = config.program
     train = (p.train.batch, p.train.dtype, p.train.accumulation, p.train.remat, p.train.loss_chunk)
-    step = (p.model, p.mesh, p.data.sequence, train, p.optim.schedule, p.optim.clip_norm is None)
+    reduced = p.train.gradients_in
+    step = (p.model, p.mesh, p.data.sequence, train, reduced, p.optim.schedule, p.optim.clip_norm is None)
     where = (config.slice.topology, config.cluster.num_slices)
     versions = packages("jax", "jaxlib", "libtpu", "flax", "optax")
     return hashlib.sha256(repr((step, where, versions, source_digest())).encode()).hexdigest()[:24]
@@ -74,7 +76,12 @@ def compiled(config: Config, log: Path, tell: Tell) -> str:
         log.open("wb") as said,
         log.with_suffix(".out").open("w+b") as out,
         subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=out, stderr=said, cwd=Path(__file__).parents[2]
+            command,
+            stdin=subprocess.PIPE,
+            stdout=out,
+            stderr=said,
+            cwd=Path(__file__).parents[2],
+            env=inherited(os.environ),
         ) as process,
     ):
         try:

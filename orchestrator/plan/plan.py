@@ -50,10 +50,14 @@ class Plan:
     fits: bool
     message: str  # why it does not fit
     parameters: dict[str, int]  # embedding, other
-    hbm_bytes: Hbm
+    hbm_bytes: Hbm  # of the train step
+    programs_bytes: dict[str, int]  # of every program of a run: what a chip must hold while it runs
+    largest: str  # of them: what decides whether the run fits
     hbm_limit_bytes: int
     flops: dict[str, float]  # model, hlo: of a step, all chips
     sent_bytes: dict[str, dict[str, float]]  # mesh axes: kind: bytes that a chip sends in a step
+    reduce_dtype: str  # of gradients over `fsdp`
+    gradients: dict[str, dict[str, float]]  # by that dtype: what a chip sends of them in a step, and for how long
     step_s: StepTime | None  # None where it does not fit
     mfu: float | None  # at the estimate
     mfu_at: dict[str, float]  # at each of step_s
@@ -72,6 +76,10 @@ class Plan:
     compile_s: float  # of the compiler, when it was asked first
     cached: bool
 
+    @property
+    def needed_bytes(self) -> int:
+        return self.programs_bytes[self.largest]
+
 
 def make(config: Config, facts: dict[str, Any], overrides: list[str], cached: bool) -> Plan:
     """facts: `gemma.plan.compile_ahead.Facts` as JSON gives them."""
@@ -83,8 +91,12 @@ def make(config: Config, facts: dict[str, Any], overrides: list[str], cached: bo
     copies = analytic.state_copies(program) * (named["parameters"] + named["optimizer"])
     workspace = max(step_bytes - sum(named.values()), 0)
     hbm = Hbm(**named, workspace=workspace, copies=copies, total=step_bytes + copies)
-    fits = facts["fits"] and hbm.total <= v5p.HBM_BYTES
-    step = step_time(facts) if facts["fits"] else None
+    # A snapshot and a save may be on their way while an evaluation runs, as beside a step.
+    others = {name: size + (copies if name == "eval" else 0) for name, size in facts["programs_bytes"].items()}
+    programs = {"train": hbm.total, **others}
+    largest = max(programs, key=lambda name: programs[name])
+    fits = facts["fits"] and programs[largest] <= v5p.HBM_BYTES
+    step = step_time(facts) if facts["cost"] else None
     mfu_at = (
         {k: step_flops / (chips * v5p.FLOPS * s) for k, s in vars(step).items() if s > 0 and k != "kernels"}
         if step
@@ -95,12 +107,16 @@ def make(config: Config, facts: dict[str, Any], overrides: list[str], cached: bo
     seconds = tokens / tokens_a_step * step.estimate if step else None
     return Plan(
         fits=fits,
-        message=facts["message"] or ("" if fits or step_bytes > v5p.HBM_BYTES else WITHOUT_COPIES),
+        message=facts["message"] or ("" if fits or programs[largest] - copies > v5p.HBM_BYTES else WITHOUT_COPIES),
         parameters={"embedding": embedding, "other": other},
         hbm_bytes=hbm,
+        programs_bytes=programs,
+        largest=largest,
         hbm_limit_bytes=int(v5p.HBM_BYTES),
         flops={"model": step_flops, "hlo": facts["cost"]["flops"] * chips if step else 0.0},
         sent_bytes=facts["cost"]["sent_bytes"] if step else {},
+        reduce_dtype=program.train.gradients_in,
+        gradients=gradients(program.train.gradients_in, facts["cost"]) if step else {},
         step_s=step,
         mfu=mfu_at.get("estimate"),
         mfu_at=mfu_at,
@@ -118,6 +134,16 @@ def make(config: Config, facts: dict[str, Any], overrides: list[str], cached: bo
         overrides=overrides,
         compile_s=facts["compile_s"],
         cached=cached,
+    )
+
+
+def gradients(compiled_in: str, cost: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The price of train.reduce_dtype. Of the dtype that was compiled as the program has it, of the other by widths."""
+    sent = cost["sent_bytes"].get("fsdp", {}).get("reduce-scatter", 0.0)
+    widths = {"bfloat16": 2, "float32": 4}
+    shares = {name: width / widths[compiled_in] for name, width in widths.items()}
+    return (
+        {n: {"sent_bytes": sent * s, "network_s": cost["gradients_s"] * s} for n, s in shares.items()} if sent else {}
     )
 
 

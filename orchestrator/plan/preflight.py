@@ -20,6 +20,7 @@ from orchestrator.slices.cluster import check_complete
 ANSWER_TIMEOUT_S = 2.0
 MOST_SIMULATED_HOSTS = 64
 FAR_BELOW = 0.25  # of HBM by arithmetic: no compiler is asked
+LARGEST_TUNING_LR = 5e-5  # above it trained weights are commonly spoilt
 HOST_BYTES = 300 << 20  # Python, JAX and a Ray node
 
 
@@ -30,6 +31,11 @@ def check(config: Config) -> None:
     if config.train.tokens is not None:
         steps = math.ceil(config.train.tokens / (config.train.batch * config.data.sequence))
         raise ConfigError(f"train.tokens={config.train.tokens:g}: only launch.plan takes it; give train.steps={steps}")
+    if config.train.init_from is not None and config.optim.lr > LARGEST_TUNING_LR:
+        Console(stderr=True, soft_wrap=True).print(
+            f"optim.lr={config.optim.lr:g} with train.init_from: a rate for training from scratch, which soon undoes"
+            f" trained weights; usual are 1e-6 to {LARGEST_TUNING_LR:g}"
+        )
     if config.detach:
         return  # the rest is looked at on the machine that will drive the run
     if source.is_submitted():
@@ -41,8 +47,8 @@ def check(config: Config) -> None:
     if config.cluster.gcp is not None:
         from orchestrator.slices import gcp, head, startup  # half a second that other runs do not pay
 
-        gcp.api(config.cluster.gcp)
         startup.script(config.cluster.gcp)
+        gcp.api(config.cluster.gcp)
         head.check(config.cluster, config.cluster.gcp)
     if config.cluster.gke is not None:
         from orchestrator.slices import kube
@@ -63,7 +69,13 @@ def check(config: Config) -> None:
             from gemma.weights import sources  # a tenth of a second that other runs do not pay
 
             sources.check_model("train.init_from", config.train.init_from, config.model)
+        if config.evaluate is not None:
+            from gemma.weights import sources
+
+            sources.check_model("evaluate.weights", config.evaluate.weights, config.model, config.evaluate.step)
         corpus.check(config.data, config.train.batch)
+        for name, path in (config.eval.sets or {}).items():
+            corpus.check(corpus.eval_set(config.data, path), 0, f"eval.sets.{name}")
         coder = tokenizer.load(config.data.tokenizer)
         if coder.vocab > config.model.vocab:
             raise ConfigError(
@@ -102,8 +114,8 @@ def check_size(config: Config) -> None:
 
 
 def check_fits(config: Config) -> None:
-    """Compiles the step for the slices before any is asked for. Raises ConfigError naming what fits, if it does not."""
-    if config.cluster.kind == "local" or config.plan.skip:
+    """Compiles the programs for the slices before any is asked for. Raises ConfigError naming what fits."""
+    if config.cluster.kind == "local" or config.plan.skip or config.evaluate is not None:
         return
     if analytic.hbm_bytes(config.program) < FAR_BELOW * v5p.HBM_BYTES:
         return
@@ -124,8 +136,9 @@ def check_fits(config: Config) -> None:
     fitting = " ".join(search.overrides(found, [])) if found else larger
     shown = " ".join(f"mesh.{axis}={size}" for axis, size in made.mesh.items())
     also = f" ({plan.WITHOUT_COPIES})" if made.message == plan.WITHOUT_COPIES else ""
+    whose = "" if made.largest == "train" else f" for the program `{made.largest}`"
     raise ConfigError(
-        f"{shown}: needs {made.hbm_bytes.total / 1e9:.1f} GB of {v5p.HBM_BYTES / 1e9:.0f} GB HBM a chip with"
+        f"{shown}: needs {made.needed_bytes / 1e9:.1f} GB of {v5p.HBM_BYTES / 1e9:.0f} GB HBM a chip{whose} with"
         f" train.remat={config.train.remat}{also}; nearest that fits: {fitting} (plan.skip=true overrides)"
     )
 

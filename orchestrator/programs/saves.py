@@ -79,7 +79,7 @@ def fail(saves: Saves, report: Report, step: int, problem: str, on_the_way: Sequ
         )
 
 
-def went_back(saves: Saves, report: Report, step: int) -> None:
+def went_back(saves: Saves, committed: Sequence[int], step: int) -> None:
     """The hosts stand at an earlier step, and write nothing: only what is on disk counts."""
     saves.uncommitted.clear()
-    saves.newest = max([saved for saved in rundir.committed(report.folder) if saved <= step], default=0)
+    saves.newest = max([saved for saved in committed if saved <= step], default=0)

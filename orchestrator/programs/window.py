@@ -1,12 +1,36 @@
-"""How far to send the hosts ahead. Pure."""
+"""How far to send the hosts ahead, and how long to wait for them. Pure."""
 
 import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 WINDOW_S = 1.0  # two windows are in flight: long enough to hide the controller, short enough to stop soon
 MOST_STEPS = 200
 STALL = 10  # of the longest step: that something may stand still without being a hang
+RECENT = 100  # units (steps, evaluations) whose longest a deadline is learnt from: one slow step is forgotten again
 BACKOFF_S, LONGEST_BACKOFF_S = 5.0, 300.0  # after a save has failed
 SLOWDOWN = 3  # a window so many times slower than its longest steps is not a hang
+
+
+@dataclass
+class Pace:
+    """Seconds that units of work took lately, by kind of call: a step of `run`, a whole `evaluate`."""
+
+    recent: dict[str, deque[float]] = field(default_factory=dict)
+    usual: dict[str, float] = field(default_factory=dict)  # the median of the newest answer
+
+
+def learn(pace: Pace, kind: str, seconds: Sequence[float]) -> None:
+    """One answer's units, each with the seconds that it took."""
+    if seconds:
+        pace.recent.setdefault(kind, deque(maxlen=RECENT)).extend(seconds)
+        pace.usual[kind] = sorted(seconds)[len(seconds) // 2]
+
+
+def deadline_of(pace: Pace, kind: str, unknown_s: float, least_s: float, units: int) -> float:
+    """Seconds after which a call of so many units hangs. unknown_s: where no such call has come back yet."""
+    return deadline_s(unknown_s, least_s, max(pace.recent.get(kind, ()), default=None), units)
 
 
 def window_end(first: int, end: int, step_s: float | None, stops: tuple[int, ...]) -> int:
@@ -20,14 +44,14 @@ def window_end(first: int, end: int, step_s: float | None, stops: tuple[int, ...
     return min(ends)
 
 
-def deadline_s(unknown_s: float, least_s: float, longest_s: float | None, steps: int) -> float:
-    """How long a window may take before it is a hang, learnt from the run.
+def deadline_s(unknown_s: float, least_s: float, longest_s: float | None, units: int) -> float:
+    """How long a call may take before it hangs, learnt from the run.
 
-    longest_s: of a step so far; None where none was seen, and unknown_s holds. least_s: a host may stall for so long.
+    longest_s: of a unit lately; None where none was seen, and unknown_s holds. least_s: a host may stall for so long.
     """
     if longest_s is None:
         return unknown_s
-    return max(least_s, STALL * longest_s) + SLOWDOWN * longest_s * steps
+    return max(least_s, STALL * longest_s) + SLOWDOWN * longest_s * units
 
 
 def backoff_s(failures: int) -> float:

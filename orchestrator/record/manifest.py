@@ -4,6 +4,7 @@ import sys
 import time
 from dataclasses import asdict
 from importlib import metadata
+from typing import Any
 
 from orchestrator.config import Config
 from orchestrator.record.rundir import Attempt, Manifest
@@ -22,18 +23,19 @@ def versions() -> dict[str, str]:
     return found
 
 
-def new(config: Config, overrides: list[str]) -> Manifest:
+def new(config: Config, overrides: list[str], command: str = "train", parent: dict[str, Any] | None = None) -> Manifest:
+    """Of a run that begins. parent: the id and step of the run whose weights it takes."""
     assert config.run.id is not None
     mesh, code = config.program.mesh, source()
     return Manifest(
         id=config.run.id,
         created=time.time(),
         config=asdict(config),
-        attempts=[Attempt("train", overrides, time.time(), code.commit)],
+        attempts=[Attempt(command, overrides, time.time(), code.commit)],
         git_commit=code.commit,
         git_diff=code.diff,
         versions=versions(),
         mesh={"replica": mesh.replica, "fsdp": mesh.fsdp, "tensor": mesh.tensor},
         wandb_id=config.run.id,
-        parent=None,
+        parent=parent,
     )

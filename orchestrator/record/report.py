@@ -1,6 +1,5 @@
 """Everything a run writes down: metrics, events, goodput, wandb, the screen. One writer, the controller."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,6 +8,7 @@ from typing import Any
 
 from gemma.messages import Bad, Evaluated, Restored, Row
 from gemma.plan import v5p
+from gemma.text.order import Order, rows_before
 from orchestrator.config import Config
 from orchestrator.record import rundir
 from orchestrator.record.goodput import Ledger
@@ -48,12 +48,11 @@ class Report:
         """commanded: the time.monotonic() at which the user asked."""
         self.config, self.folder, self.commanded = config, folder, commanded
         self.ledger = Ledger()
-        earlier = folder / "goodput.json"
-        if earlier.exists():
-            self.ledger.carry(json.loads(earlier.read_text()))
+        if earlier := rundir.goodput(folder):
+            self.ledger.carry(earlier)
         self.metrics_file = rundir.Appender(folder / "metrics.jsonl")
         self.events_file = rundir.Appender(folder / "events.jsonl")
-        self.screen = Screen(config.train.steps)
+        self.screen = Screen()
         self.wandb = WandbLog(config, folder, self.screen.say)
         self.newest = max(rundir.metrics(folder), default=0)  # the newest step ever reported
         self.step = 0  # the newest of this attempt
@@ -68,6 +67,7 @@ class Report:
         self.newest_row: dict[str, Any] = {}
         self.struck_at: set[tuple[int, str]] = set()
         self.struck = {e["index"] for e in told if e["event"] == "chaos"}  # faults on purpose, done already
+        self.order = Order(((0, config.train.batch),))  # which rows the steps train on
         self.bad_steps = [e["step"] for e in told if e["event"] == "bad_step"]
         self.last_row_time = 0.0  # time.time() at which the newest step was done
         self.story = ""  # of the newest failure, in full
@@ -135,7 +135,7 @@ class Report:
         self.screen.say(f"{outcome}: rank {cause.rank} at step {done}: {said[:200]}{where}")
         if outcome == "error" and cause.traceback:
             self.screen.say(cause.traceback.rstrip())
-        self.story = story.read_text() if story and story.exists() else ""
+        self.story = story.read_text(errors="replace") if story and story.exists() else ""
 
     def decided(self, decision: Restart | GiveUp) -> None:
         name = type(decision).__name__
@@ -162,7 +162,8 @@ class Report:
 
         snapshot_of: the attempt whose snapshot they restored, if any. Its last results may not have been told yet.
         """
-        self.facts, self.step = facts, facts.step
+        self.facts, self.step, self.restoring = facts, facts.step, None
+        self.screen.expect(facts.steps)
         for bucket, seconds in facts.seconds.items():
             self.ledger.move("start", bucket, seconds)
         self.event("compile", facts.step, facts.seconds.get("compile"), cached=facts.compile_cached)
@@ -172,7 +173,9 @@ class Report:
         evidence["source"] = source
         if self.incidents and self.incidents[-1].restart_s is None:
             self.restarted(facts.step, source)
-        self.event(name, facts.step, facts.seconds.get("restore"), **evidence)
+        self.event(name, facts.step, facts.seconds.get("restore"), **evidence, batches=self.order.batches)
+        for said in facts.warnings if self.first_step_s is None else ():
+            self.screen.say(f"WARNING: {said}")
         if self.config.cluster.kind != "local" and facts.platform != "tpu":
             self.screen.say(f"the hosts have no TPU: they compute on {facts.platform}")
         self.wandb.log({"step": facts.step, "attempt": self.attempt, "restarts": self.ledger.restarts})
@@ -198,8 +201,8 @@ class Report:
         row = self.newest_row
         facts = {"loss": row["loss"], "grad_norm": row["grad_norm"]} if row.get("step") == bad.step else {}
         self.bad_steps.append(bad.step)
-        self.event("bad_step", bad.step, batch=bad.batch, ids=list(bad.ids), **facts)
-        self.screen.say(f"step {bad.step}: its update is not finite, or spikes; not applied (batch {bad.batch})")
+        self.event("bad_step", bad.step, places=bad.places, ids=list(bad.ids), **facts)
+        self.screen.say(f"step {bad.step}: its update is not finite, or spikes; not applied (its rows: events.jsonl)")
 
     def write_row(self, row: Row, attempt: int | None) -> None:
         last = self.incidents[-1] if self.incidents else None
@@ -223,14 +226,9 @@ class Report:
         return {
             "step": row.step,
             "attempt": self.attempt,
-            "loss": metrics["loss"],
+            **metrics,
             "bits_per_byte": self.bits_per_byte(metrics["loss"]),
-            "grad_norm": metrics["grad_norm"],
-            "param_norm": metrics["param_norm"],
-            "learning_rate": metrics["learning_rate"],
-            "tokens": row.step * per_step,
-            "targets": metrics["targets"],
-            "ok": metrics["ok"],
+            "tokens": rows_before(self.order, row.step) * config.data.sequence,
             "step_s": row.step_s,
             "time": row.time,
             "tokens_per_s": per_step / step_s,
@@ -244,9 +242,10 @@ class Report:
 
     def evaluated(self, found: Evaluated) -> None:
         self.ledger.move("step", "eval", found.seconds)
-        bits = self.bits_per_byte(found.loss)
-        self.event("eval", found.step, found.seconds, loss=found.loss, bits_per_byte=bits)
-        self.wandb.log(eval_row(found.step, found.loss, bits))
+        loss = found.sets[0][1]  # of the run's own split
+        bits, by_set = self.bits_per_byte(loss), {name: loss for name, loss, _ in found.sets}
+        self.event("eval", found.step, found.seconds, loss=loss, bits_per_byte=bits, sets=by_set)
+        self.wandb.log(eval_row(found.step, loss, bits, by_set))
         self.evaluated_step = found.step
 
     def saved(self, step: int, duration_s: float) -> None:

@@ -5,21 +5,60 @@ runs/ID/ manifest.json metrics.jsonl events.jsonl goodput.json checkpoints/ logs
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import dacite
+
 from gemma.config import ConfigError, naming
+from orchestrator.record import jsonfile
+from orchestrator.record.jsonfile import is_count, is_number, read_lines, read_object, write_json
+from orchestrator.recovery.incident import Incident
 
 KEPT_LINES = 100_000  # of a file that cannot be written: some 50 MB
 DETACHED = "detached.json"
+SECTIONS = ("run", "model", "train", "cluster")  # of the config in a manifest, that readers go by
+Check = Callable[[Any], bool]
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_pairs(value: Any) -> bool:
+    """A list of pairs of counts."""
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and is_count(pair[0]) and is_count(pair[1]) for pair in value
+    )
+
+
+def is_pairs_or_absent(value: Any) -> bool:
+    return value is None or is_pairs(value)
+
+
+def is_number_or_null(value: Any) -> bool:
+    return value is None or is_number(value)
+
+
+METRICS_KEYS: dict[str, Check] = {"step": is_count, "loss": is_number_or_null, "bits_per_byte": is_number_or_null}
+EVENTS_KEYS: dict[str, Check] = {"event": is_text, "time": is_number, "attempt": is_count, "step": is_count}
+EVENT_DEFAULTS: dict[str, Any] = {"time": 0.0, "attempt": 0, "step": 0}  # where a row says nothing
+EVENT_KEYS: dict[str, dict[str, Check]] = {  # of some events, what readers go by
+    **dict.fromkeys(("set_aside", "bad_step"), {"step": is_count}),
+    "commit": {"step": is_count, "batches": is_pairs_or_absent},
+    "eval": {"step": is_count, "loss": is_number_or_null, "bits_per_byte": is_number_or_null},
+    "chaos": {"index": is_count},
+    **dict.fromkeys(("initialise", "restore"), {"batches": is_pairs_or_absent}),
+    "skip_batch": {"places": is_pairs},
+    "unfit": dict.fromkeys(("host", "slice", "node", "why"), is_text) | {"worker": is_count},
+}
 LOCK_TIMEOUT_S = 0.3  # a status command holds the lock for an instant while it looks
 
 
@@ -49,9 +88,9 @@ class Manifest:
     attempts: list[Attempt]
     git_commit: str | None  # of the last attempt
     versions: dict[str, str]
-    mesh: dict[str, int]  # filled
+    mesh: dict[str, Any]  # axis sizes, filled
     wandb_id: str
-    parent: str | None
+    parent: dict[str, Any] | None  # of a fork: the id and step that it began from
     git_diff: str | None = None  # of the last attempt's working tree against that commit
 
 
@@ -100,28 +139,17 @@ def runs(root: str) -> list[Path]:
     """Every run below root, oldest first by the time in its manifest."""
     created: dict[Path, float] = {}
     for path in Path(root).expanduser().absolute().glob("*/manifest.json"):
-        with contextlib.suppress(ConfigError):  # one broken run does not hide the others
+        try:
             created[path.parent] = read_manifest(path.parent).created
+        except ConfigError as error:  # one broken run does not hide the others
+            jsonfile.warn(path, f"the run is not shown ({error})")
     return sorted(created, key=lambda folder: created[folder])
 
 
 def detached(folder: Path) -> Detached | None:
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return Detached(**json.loads((folder / DETACHED).read_text()))
-    return None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all: written beside, then renamed. Raises OSError where the disk does not take it."""
-    partial = path.with_suffix(f".partial-{os.getpid()}")
-    text = json.dumps(value, indent=2) + "\n"
-    try:
-        partial.write_text(text)
-        partial.rename(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
+    found = read_object(folder / DETACHED) or {}
+    dashboard, root = found.get("dashboard"), found.get("root")
+    return Detached(dashboard, root) if isinstance(dashboard, str) and isinstance(root, str) else None
 
 
 def try_text(path: Path, text: str) -> bool:
@@ -136,7 +164,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Raises ConfigError where the disk does not take it: no run goes on without."""
     path = folder / "manifest.json"
     try:
-        write_json(path, asdict(manifest))
+        write_json(path, asdict(manifest), 0o600 if manifest.git_diff else 0o644)
     except OSError as error:
         raise ConfigError(f"run={folder.name}: cannot write {path} ({error.strerror})") from error
 
@@ -145,10 +173,15 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises ConfigError naming the file where it is not a manifest."""
     path = folder / "manifest.json"
     try:
-        found = json.loads(path.read_text())
-        return Manifest(**(found | {"attempts": [Attempt(**a) for a in found["attempts"]]}))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"run={folder.name}: {path} is not a manifest ({error})") from error
+        manifest = dacite.from_dict(Manifest, jsonfile.parse(path.read_bytes()), dacite.Config(strict=True))
+        if not all(isinstance(manifest.config.get(name), dict) for name in SECTIONS):
+            raise ValueError(f"its config lacks one of {', '.join(SECTIONS)}")
+        if not is_count(manifest.config["train"].get("steps")):
+            raise ValueError("its train.steps is no whole number")
+    except (OSError, ValueError, TypeError, dacite.DaciteError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(f"run={folder.name}: {path} is not a manifest ({why})") from error
+    return manifest
 
 
 class Appender:
@@ -167,7 +200,7 @@ class Appender:
             self.waiting.append(b"\n")  # what a killed writer left unfinished
 
     def write(self, row: dict[str, Any]) -> None:
-        self.waiting.append(json.dumps(row).encode() + b"\n")
+        self.waiting.append(jsonfile.dumps(row).encode() + b"\n")
         self.flush()
 
     def flush(self) -> None:
@@ -202,25 +235,54 @@ def ends_line(path: Path) -> bool:
         return file.read(1) == b"\n"
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a jsonl file; a torn line is passed over."""
-    if not path.exists():
-        return
-    with open(path) as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue
-
-
 def metrics(folder: Path) -> dict[int, dict[str, Any]]:
     """The last row of each step, by step: a step done again counts as it came out last."""
-    return {row["step"]: row for row in read_lines(folder / "metrics.jsonl")}
+    return {row["step"]: row for row in checked_lines(folder / "metrics.jsonl", METRICS_KEYS)}
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
-    return list(read_lines(folder / "events.jsonl"))
+    """In the order they were written. What EVENTS_KEYS and EVENT_KEYS name is there, and of that type."""
+    return list(checked_lines(folder / "events.jsonl", EVENTS_KEYS))
+
+
+def checked_lines(path: Path, keys: Mapping[str, Check]) -> Iterator[dict[str, Any]]:
+    """Rows whose keys are there and well typed; the others are passed over with a warning."""
+    bad, first = 0, ""
+    defaults = EVENT_DEFAULTS if keys is EVENTS_KEYS else {}
+    for row in read_lines(path):
+        own = EVENT_KEYS.get(str(row.get("event")), {}) if keys is EVENTS_KEYS else {}
+        needed = {key: is_right for key, is_right in keys.items() if key in row or key not in defaults} | own
+        wrong = next((key for key, is_right in needed.items() if not is_right(row.get(key))), None)
+        if wrong is None:
+            yield defaults | row
+        else:
+            bad, first = bad + 1, first or f"{wrong}={str(row.get(wrong))[:40]} at step {str(row.get('step'))[:20]}"
+    if bad:
+        jsonfile.warn(path, f"{bad} rows lack a key or have one of another type, and are passed over ({first})")
+
+
+def goodput(folder: Path) -> dict[str, Any] | None:
+    """goodput.json with well-typed values only; None where there is none that can be read."""
+    found = read_object(folder / "goodput.json")
+    if found is None:
+        return None
+    buckets, incidents = found.get("buckets"), found.get("incidents")
+    seconds = {k: v for k, v in buckets.items() if is_number(v) and v >= 0} if isinstance(buckets, dict) else {}
+    return found | {
+        "wall_s": found["wall_s"] if is_number(found.get("wall_s")) else sum(seconds.values()),
+        "goodput": found["goodput"] if is_number(found.get("goodput")) else None,
+        "restarts": found["restarts"] if is_count(found.get("restarts")) else 0,
+        "buckets": seconds,
+        "incidents": [row for row in incidents if is_incident(row)] if isinstance(incidents, list) else [],
+    }
+
+
+def is_incident(row: Any) -> bool:
+    try:
+        dacite.from_dict(Incident, row, dacite.Config(strict=True))
+    except (dacite.DaciteError, TypeError, AttributeError):
+        return False
+    return True
 
 
 def committed(folder: Path) -> list[int]:
@@ -273,8 +335,3 @@ def driver(folder: Path) -> int | None:
                 if Path(os.readlink(descriptor)) == path:
                     return pid
     return None
-
-
-def skipped_batches(folder: Path) -> tuple[int, ...]:
-    """Indices of the batches that are never used, ascending."""
-    return tuple(sorted({event["batch"] for event in events(folder) if event["event"] == "skip_batch"}))

@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gemma.config import ConfigError
+from orchestrator.record import secrets
 
 TOP = Path(__file__).parents[2]
 NEEDED = ("conf", "gemma", "launch", "orchestrator", "pyproject.toml", "constraints.txt")  # by a run
@@ -60,13 +62,28 @@ def git(top: Path, *arguments: str, index: str = "") -> str:
 
 
 def diff(top: Path) -> str:
-    """Of the working tree against its commit. New files of ours are in it, in an index of our own."""
-    with tempfile.TemporaryDirectory() as folder:
+    """Of the working tree against its commit, without what looks like a secret. New files of ours are in it."""
+    with tempfile.TemporaryDirectory() as folder:  # an index of our own
         index = Path(folder, "index")
         shutil.copy(top / git(top, "rev-parse", "--git-path", "index").strip(), index)
         there = [name for name in NEEDED if (top / name).exists()]
         git(top, "add", "--intent-to-add", "--", *there, index=str(index))
-        return git(top, "diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv", index=str(index))
+        whole = ("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv", "--no-renames")
+        changed = [name for name in git(top, *whole, "--name-only", "-z", index=str(index)).split("\0") if name]
+        kept, left_out = sift(top, changed)
+        parts = [f"[left out: {name}: {why}]\n" for name, why in left_out.items()]
+        literal = ("--literal-pathspecs", *whole, "--")
+        for name in kept:  # a part at a time: what was taken out of a file stands in it too
+            part = git(top, *literal, name, index=str(index))
+            why = secrets.by_content(part.encode())
+            parts.append(f"[left out: {name}: {why}]\n" if why else part)
+        return "".join(parts)
+
+
+def sift(top: Path, names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The files that may travel and stay in a manifest, and why the others may not."""
+    left_out = {name: why for name in names if (why := secrets.why_left_out(top, name))}
+    return [name for name in names if name not in left_out], left_out
 
 
 def files(top: Path = TOP) -> list[str]:
@@ -84,7 +101,10 @@ def files(top: Path = TOP) -> list[str]:
 
 def pack(folder: Path, top: Path = TOP) -> Path:
     """An archive of them in a folder, the same for the same code. Raises ConfigError where it is too big."""
-    path, names = folder / "code.zip", files(top)
+    path = folder / "code.zip"
+    names, left_out = sift(top, files(top))
+    for name, why in left_out.items():
+        print(f"detach=true: {name} is not sent: {why}", flush=True)
     sizes = {name: (top / name).stat().st_size for name in names}
     if sum(sizes.values()) > MOST_BYTES:
         largest = max(sizes, key=lambda name: sizes[name])

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gemma.config import ConfigError
 from orchestrator.config import Config
 from orchestrator.record import rundir, wandb_spool
 
@@ -32,8 +33,17 @@ def mode(config: Config) -> str:
     return "online" if os.environ.get("WANDB_API_KEY") or known else "offline"
 
 
-def eval_row(step: int, loss: float, bits_per_byte: float) -> dict[str, Any]:
-    return {"step": step, "eval/loss": loss, "eval/bits_per_byte": bits_per_byte}
+def eval_row(step: int, loss: float, bits_per_byte: float, sets: dict[str, float]) -> dict[str, Any]:
+    """loss: of the run's own held-out split. sets: the loss of each held-out set by its name."""
+    by_set = {f"eval/{name}/loss": value for name, value in sets.items()}
+    return {"step": step, "eval/loss": loss, "eval/bits_per_byte": bits_per_byte} | by_set
+
+
+def parent_of(folder: Path) -> dict[str, Any] | None:
+    """The run and step that this one began from, if any."""
+    with contextlib.suppress(ConfigError):
+        return rundir.read_manifest(folder).parent
+    return None
 
 
 class WandbLog:
@@ -67,7 +77,7 @@ class WandbLog:
                     known["loss"].add(step)
             for event in rundir.events(self.folder):
                 if event["event"] == "eval" and event["step"] not in known["eval/loss"]:
-                    run.log(eval_row(event["step"], event["loss"], event["bits_per_byte"]))
+                    run.log(eval_row(event["step"], event["loss"], event["bits_per_byte"], event["sets"]))
                     known["eval/loss"].add(event["step"])
             while (row := self.rows.get()) is not None:
                 once = next((name for name in ONCE_A_STEP if name in row), None)
@@ -100,7 +110,7 @@ class WandbLog:
             dir=str(self.folder),
             mode=self.mode,  # type: ignore[arg-type]
             resume="allow" if self.mode == "online" else None,
-            config=asdict(config),
+            config=asdict(config) | {"parent": parent_of(self.folder)},
             # The machine that trains is not the controller's: its own load would only mislead.
             settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, init_timeout=60),
         )

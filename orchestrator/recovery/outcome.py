@@ -38,6 +38,7 @@ class Outcome(Enum):
     PEER_LOST = "peer lost"  # the collectives broke, nobody was seen to die
     BAD_INPUT = "bad input"  # the user's mistake, seen on a host
     CHECKPOINT = "checkpoint unreadable"
+    LOST = "checkpoint gone"  # that was committed: nothing to set aside, and no step to start from
     SNAPSHOT = "snapshot unusable"  # damaged, or a second host died while the state was being read from its memory
     DIVERGED = "diverged"  # updates that are not finite or spike, more than the guard allows
     ERROR = "error"  # an exception in the program
@@ -48,6 +49,7 @@ COLLECTIVE_ERRORS = frozenset({"JaxRuntimeError", "XlaRuntimeError"})
 NAMED = {
     "ConfigError": Outcome.BAD_INPUT,
     "CheckpointError": Outcome.CHECKPOINT,
+    "LostError": Outcome.LOST,
     "SnapshotError": Outcome.SNAPSHOT,
     "Diverged": Outcome.DIVERGED,
 }

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
+from gemma.config import ConfigError
 from orchestrator.config import Config
-from orchestrator.slices import existing, gcp, guest, head, startup
+from orchestrator.slices import auth, existing, gcp, guest, head, startup
 from orchestrator.slices.cluster import Cluster
 from orchestrator.slices.lease import Lease
 from orchestrator.slices.topology import slice_type
@@ -19,8 +20,11 @@ from orchestrator.slices.upkeep import Provider, Upkeep, kept
 from orchestrator.slices.wanted import Ask, Request, Wanted, request_name
 
 
-def opened(config: Config, owner: str, joined: Callable[[], set[str]] | None = None) -> Provider:
+def opened(
+    config: Config, owner: str, joined: Callable[[], set[str]] | None = None, token: str | None = None
+) -> Provider:
     """What an owner may ask of it. joined: the slices in the Ray cluster; where nobody looks, all of them.
+    token: with which the hosts join.
 
     Raises ConfigError where there are no credentials, or a file is missing.
     """
@@ -28,10 +32,10 @@ def opened(config: Config, owner: str, joined: Callable[[], set[str]] | None = N
     assert cluster.gcp is not None
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     logging.getLogger("google").setLevel(logging.ERROR)
-    api, script, at = gcp.api(cluster.gcp), startup.script(cluster.gcp), head.address(cluster, cluster.gcp)
+    script, at, api = startup.script(cluster.gcp), head.address(cluster, cluster.gcp), gcp.api(cluster.gcp)
 
     def ask(asked: Ask) -> None:
-        gcp.ask(api, gcp.queued_resource(cluster, owner, asked, api.project, script, at))
+        gcp.ask(api, gcp.queued_resource(cluster, owner, asked, api.project, script, at, token))
 
     def look() -> list[Request]:
         return gcp.look(api, cluster.gcp.zones if cluster.gcp else ())
@@ -39,10 +43,27 @@ def opened(config: Config, owner: str, joined: Callable[[], set[str]] | None = N
     return Provider(look, ask, partial(gcp.give_back, api), joined or (lambda: {r.name for r in look()}))
 
 
-def upkeep(config: Config, owner: str, joined: Callable[[], set[str]] | None = None) -> Upkeep:
+def upkeep(
+    config: Config, owner: str, joined: Callable[[], set[str]] | None = None, token: str | None = None
+) -> Upkeep:
     assert config.cluster.gcp is not None
-    provider = opened(config, owner, joined)
+    provider = opened(config, owner, joined, token or cluster_token(config, owner))
     return Upkeep(wanted(config.cluster, owner), provider, config.cluster.gcp.poll_s, config.cluster.gcp.rejoin_s)
+
+
+def cluster_token(config: Config, owner: str) -> str | None:
+    """Of the Ray cluster that the slices join: of a head that is there, this user's; else that which the owner's slices
+    have already, as they outlive a head; else a new one.
+    """
+    cluster = config.cluster
+    assert cluster.gcp is not None
+    if cluster.address is not None:
+        try:
+            return auth.user_token()
+        except OSError as error:
+            raise ConfigError(f"cluster.address={cluster.address}: no token for it ({error})") from error
+    startup.script(cluster.gcp)  # what is wrong with it is known before anybody is asked
+    return gcp.token_of(gcp.api(cluster.gcp), owner) or auth.new_token()
 
 
 def wanted(cluster: Cluster, owner: str) -> Wanted:
@@ -59,7 +80,7 @@ def rendered(config: Config, owner: str) -> str:
     ask = Ask(request_name(owner, 0.0, 0), cluster.gcp.zones[0])
     project = cluster.gcp.project or "PROJECT"
     script, at = startup.script(cluster.gcp), cluster.address or f"HEAD:{cluster.gcp.port}"
-    message = gcp.queued_resource(cluster, owner, ask, project, script, at)
+    message = gcp.queued_resource(cluster, owner, ask, project, script, at, "TOKEN")
     return json.dumps(json_format.MessageToDict(type(message).pb(message)), indent=2)
 
 
@@ -72,10 +93,12 @@ def connect(config: Config, tell: Callable[[str, str], None], _: object) -> Iter
     owner = cluster.name or config.run.id
     code = Path(config.run.root).expanduser() / config.run.id / "code"
     head.check(cluster, cluster.gcp)
-    keeping, keep = upkeep(config, owner, partial(existing.joined, config)), cluster.keep or cluster.name is not None
+    token = cluster_token(config, owner)
+    keeping = upkeep(config, owner, partial(existing.joined, config), token)
+    keep = cluster.keep or cluster.name is not None
     with (
         kept(keeping, keep, tell) as lease,  # asked first: the head comes up meanwhile
-        head.opened(cluster, cluster.gcp) as address,
+        head.opened(cluster, cluster.gcp, token) as address,
         existing.connected(address, job=guest.job(code)),  # kept hosts may have joined with other code
     ):
         head.give_code(address)

@@ -1,6 +1,8 @@
 """cluster=ray: TPU nodes of a Ray cluster that exists already."""
 
 import logging
+import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +15,12 @@ from gemma.config import ConfigError
 from orchestrator.config import Config
 from orchestrator.hosts.placement import whole_slices
 from orchestrator.interrupt import handlers_kept
+from orchestrator.slices.cluster import HOST_PORT
+from orchestrator.slices.environment import bypass_proxy
 from orchestrator.slices.join import CODE
 from orchestrator.slices.lease import Lease, avoided
+
+CONNECT_TIMEOUT_S = 3.0  # Ray itself would try for half a minute and more
 
 
 @contextmanager
@@ -35,6 +41,13 @@ def connected(
     address: str, runtime_env: dict[str, Any] | None = None, ip: str | None = None, job: JobConfig | None = None
 ) -> Iterator[None]:
     """To a Ray cluster, from its node of this IP; None is this machine's outward one. Raises ConfigError."""
+    if re.fullmatch(HOST_PORT, address):
+        host, _, port = address.rpartition(":")
+        bypass_proxy(host)
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise ConfigError(f"cluster.address={address}: no Ray cluster answers there ({error})") from error
     try:
         with handlers_kept():
             ray.init(

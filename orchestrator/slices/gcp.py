@@ -5,7 +5,7 @@ Source: cloud.google.com/tpu/docs/queued-resources and the messages of google.cl
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import grpc
 from google.api_core import exceptions
@@ -21,11 +21,13 @@ from orchestrator.slices.upkeep import RefusedError
 from orchestrator.slices.wanted import Ask, Request, State, owner_label
 
 CALL_TIMEOUT_S = 30.0
+CONNECT_TIMEOUT_S = 3.0
 SETTLE_S = 5.0  # for a request to be taken or refused
 OURS, OWNER = (
     "gemma-orchestrator",
     "gemma-owner",
 )  # labels of the nodes; the second is in their metadata too, unabridged
+TOKEN = "gemma-token"  # in the metadata: of the Ray cluster that the hosts join
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 States = tpu.QueuedResourceState.State
 STATES = {
@@ -64,8 +66,9 @@ class Api:
 def api(gcp: Gcp) -> Api:
     """Raises ConfigError where there are no credentials, or no project."""
     if gcp.endpoint is not None:
-        channel = grpc.insecure_channel(gcp.endpoint)
-        return Api(tpu.TpuClient(transport=TpuGrpcTransport(channel=channel)), gcp.project or "emulated")
+        channel = grpc.insecure_channel(gcp.endpoint, options=[("grpc.enable_http_proxy", 0)])
+        client = tpu.TpuClient(transport=TpuGrpcTransport(host=gcp.endpoint, channel=channel))
+        return reached(Api(client, gcp.project or "emulated"))
     try:
         credentials, project = default_credentials(scopes=[SCOPE])
     except GoogleAuthError as error:
@@ -75,13 +78,24 @@ def api(gcp: Gcp) -> Api:
         ) from error
     if not (named := gcp.project or project):
         raise ConfigError("cluster.gcp.project: missing; the credentials name none")
-    return Api(tpu.TpuClient(credentials=credentials), named)
+    return reached(Api(tpu.TpuClient(credentials=credentials), named))
+
+
+def reached(api: Api) -> Api:
+    """Raises ConfigError where nothing answers: its calls would be repeated for long."""
+    try:
+        channel = cast(TpuGrpcTransport, api.client.transport).grpc_channel
+        grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
+    except grpc.FutureTimeoutError:
+        at = api.client.transport.host
+        raise ConfigError(f"cluster=gcp: the Cloud TPU API at {at} does not answer") from None
+    return api
 
 
 def refusal(error: Exception) -> RefusedError:
     """What an error of the client means."""
     message = " ".join(str(getattr(error, "message", "") or error).split())
-    if isinstance(error, TROUBLE):
+    if isinstance(error, TROUBLE) and not isinstance(error, exceptions.MethodNotImplemented):  # not this API
         return RefusedError("trouble", f"{type(error).__name__}: {message}")
     if isinstance(error, exceptions.TooManyRequests | exceptions.FailedPrecondition):  # RESOURCE_EXHAUSTED is the first
         return RefusedError(shortage(message), message)
@@ -100,7 +114,12 @@ def shortage(message: str) -> Any:
 
 def look(api: Api, zones: Sequence[str]) -> list[Request]:
     """Everybody's slices that this software has asked for. Raises RefusedError where a zone cannot be seen."""
-    found = []
+    return [told(resource) for resource in list_resources(api, zones)]
+
+
+def list_resources(api: Api, zones: Sequence[str] = ()) -> list[tpu.QueuedResource]:
+    """Raises RefusedError where a zone cannot be seen."""
+    found = list[tpu.QueuedResource]()
     parent = f"projects/{api.project}/locations/-"
     token = ""
     while True:
@@ -109,7 +128,7 @@ def look(api: Api, zones: Sequence[str]) -> list[Request]:
         unseen = {name.rpartition("/")[2] for name in page.unreachable} & set(zones)
         if unseen:
             raise RefusedError("trouble", f"cannot be seen now: {', '.join(sorted(unseen))}")
-        found += [told(resource) for resource in page.queued_resources if is_ours(resource)]
+        found += [resource for resource in page.queued_resources if is_ours(resource)]
         token = page.next_page_token
         if not token:
             return found
@@ -141,7 +160,19 @@ def told(resource: tpu.QueuedResource) -> Request:
     )
 
 
-def queued_resource(cluster: Cluster, owner: str, ask: Ask, project: str, script: str, head_at: str) -> Any:
+def token_of(api: Api, owner: str) -> str | None:
+    """The token with which an owner's slices join its Ray head; None where it has none yet, or nothing answers."""
+    try:
+        found = list_resources(api)
+    except RefusedError:
+        return None  # told by the upkeep
+    metadata = [dict(resource.tpu.node_spec[0].node.metadata) for resource in found]
+    return next((one[TOKEN] for one in metadata if one.get(OWNER) == owner and one.get(TOKEN)), None)
+
+
+def queued_resource(
+    cluster: Cluster, owner: str, ask: Ask, project: str, script: str, head_at: str, token: str | None
+) -> Any:
     """One slice as the API is to be asked for it."""
     gcp = cluster.gcp
     assert gcp is not None
@@ -161,6 +192,7 @@ def queued_resource(cluster: Cluster, owner: str, ask: Ask, project: str, script
             "gemma-slice-type": kind.name,
             "gemma-topology": kind.topology,
             "gemma-head": head_at,
+            **({TOKEN: token} if token else {}),
         },
     )
     if usual:

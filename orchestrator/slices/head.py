@@ -2,7 +2,6 @@
 
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -11,11 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gemma.config import ConfigError
-from orchestrator.slices import join
+from orchestrator.slices import auth, join
 from orchestrator.slices.cluster import Cluster, Gcp
 from orchestrator.slices.simulated import simulated
 
 START_TIMEOUT_S = 60.0
+# No flag of Ray's turns its client server off: it starts where what it needs is installed.
+RAY_WITHOUT_CLIENT_SERVER = """
+from ray.scripts import scripts
+scripts.get_ray_client_dependency_error = lambda: "not wanted"
+scripts.main()
+"""
 ANY = "10.255.255.255"  # no packet is sent there: the system is asked which way one would go
 
 
@@ -32,8 +37,8 @@ def check(cluster: Cluster, gcp: Gcp) -> None:
 
 
 @contextmanager
-def opened(cluster: Cluster, gcp: Gcp) -> Iterator[str]:
-    """Its address."""
+def opened(cluster: Cluster, gcp: Gcp, token: str | None) -> Iterator[str]:
+    """Its address. token: that one which is started here asks for; of one that is there, this process has it."""
     at = address(cluster, gcp)
     if cluster.address is not None:
         yield at
@@ -41,8 +46,9 @@ def opened(cluster: Cluster, gcp: Gcp) -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="gemma-", dir="/tmp"))
     reaper = simulated.start_reaper(folder)
     try:
-        start(at, folder, reaper)
-        yield at
+        with auth.using(auth.write_token(folder, token or auth.new_token())):
+            start(at, folder, reaper)
+            yield at
     finally:
         simulated.end(folder, reaper)
 
@@ -61,12 +67,12 @@ def own_ip(gcp: Gcp) -> str:
         return str(probe.getsockname()[0])
 
 
-def start(address: str, folder: Path, reaper: "subprocess.Popen[bytes]") -> None:
+def start(address: str, folder: Path, reaper: simulated.Reaper) -> None:
     """Returns once it answers. It ends with the reaper, and that with this process."""
     ip, _, port = address.rpartition(":")
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    command = [sys.executable, "-c", RAY_WITHOUT_CLIENT_SERVER, "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--node-ip-address={ip}", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"]
-    command += [f"--temp-dir={folder / 'ray'}", f"--ray-client-server-port={int(port) + 1}"]
+    command += [f"--temp-dir={folder / 'ray'}"]
     log = folder / "head.log"
     env = {"RAY_enable_open_telemetry": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     head = simulated.spawn(reaper, log, env, command)

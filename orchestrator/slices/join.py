@@ -8,6 +8,8 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+from orchestrator.record import secrets as secret_files
+from orchestrator.slices.environment import inherited
 from orchestrator.slices.simulated.raylet import ENVIRONMENT, Host, Joining, raylet_command, tpu_host
 
 CODE = ("gemma", "orchestrator")  # the hosts run the code that was launched, not what lies there
@@ -20,7 +22,8 @@ TOP = Path(__file__).parents[2]
 
 def files() -> list[str]:
     """The code of this process, below TOP."""
-    return sorted(file.relative_to(TOP).as_posix() for name in CODE for file in (TOP / name).rglob("*.py"))
+    found = sorted(file.relative_to(TOP).as_posix() for name in CODE for file in (TOP / name).rglob("*.py"))
+    return [name for name in found if not secret_files.why_left_out(TOP, name)]
 
 
 def packed() -> bytes:
@@ -54,7 +57,8 @@ def main(client: Any, head: str, folder: str, ip: str) -> None:
     for below in ("logs", "runtime_resources"):
         (node.session / below).mkdir(parents=True)
     command = raylet_command(node, host)
-    os.execve(command[0], command, {**os.environ, **ENVIRONMENT, **host.env})
+    os.umask(0o077)
+    os.execve(command[0], command, {**inherited(os.environ), **ENVIRONMENT, **host.env})
 
 
 def described(environment: dict[str, str], folder: str) -> Host:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from kubernetes import client
 from kubernetes import config as credentials
@@ -21,6 +21,8 @@ from orchestrator.slices.upkeep import RefusedError
 from orchestrator.slices.wanted import Request, State, owner_label
 
 CALL_TIMEOUT_S = 30.0
+CONNECT_TIMEOUT_S = 3.0
+NOWHERE = NewConnectionError, ConnectTimeoutError, SSLError
 PAGE = 500
 KIND = {"group": "ray.io", "version": "v1", "plural": "rayclusters"}
 GCS_PORT = 6379
@@ -67,20 +69,20 @@ def check(gke: Gke) -> None:
     try:
         look(api(gke))
     except RefusedError as refused:
-        nowhere = NewConnectionError, ConnectTimeoutError, SSLError
-        if refused.kind != "trouble" or isinstance(refused.__cause__, nowhere):  # else it may pass
+        if refused.kind != "trouble":  # else it may pass
             raise ConfigError(f"cluster=gke: {refused}") from refused
 
 
 def call(api: Api, verb: Callable[..., Any], **arguments: Any) -> Any:
     """Raises RefusedError."""
     try:
-        return verb(namespace=api.namespace, _request_timeout=CALL_TIMEOUT_S, **arguments)
+        return verb(namespace=api.namespace, _request_timeout=(CONNECT_TIMEOUT_S, CALL_TIMEOUT_S), **arguments)
     except client.ApiException as error:
         raise refusal(error) from error
     except (HTTPError, OSError) as error:
         where = api.core.api_client.configuration.host
-        raise RefusedError("trouble", f"{where} does not answer: {' '.join(str(error).split())}") from error
+        kind: Literal["unreachable", "trouble"] = "unreachable" if isinstance(error, NOWHERE) else "trouble"
+        raise RefusedError(kind, f"{where} does not answer: {' '.join(str(error).split())}") from error
 
 
 def refusal(error: client.ApiException) -> RefusedError:

@@ -14,6 +14,7 @@ class Lease:
     discard: Callable[["Spot", str], None]  # asks for another host instead of a bad one, and says why; may be repeated
     news: Callable[[], None]  # has what has happened told: called again and again
     owns: Callable[[str], bool] = lambda name: True  # whether a slice of the Ray cluster is the run's to use, by name
+    check_head: Callable[[], None] = lambda: None  # NoSlicesError once the cluster's head has ended: called often
 
 
 def avoided(spot: "Spot", why: str) -> None:

@@ -22,6 +22,7 @@ export TPU_WORKER_ID=$(ask attributes/agent-worker-number)
 export TPU_ACCELERATOR_TYPE=$(ask attributes/gemma-slice-type)
 export TPU_TOPOLOGY=$(ask attributes/gemma-topology)
 IP=$(ask network-interfaces/0/ip)
+TOKEN=$(ask attributes/gemma-token)
 SETUP
 JOIN=$(cat <<'PYTHON'
 import io, sys, tarfile, time
@@ -37,6 +38,11 @@ PYTHON
 )
 while true; do
   DIR=$(mktemp -d -t gemma-XXXXXX)
+  export RAY_AUTH_MODE=disabled
+  if [ -n "$TOKEN" ]; then
+    (umask 077; printf %s "$TOKEN" > "$DIR/auth_token")
+    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$DIR/auth_token"
+  fi
   RUN -c "$JOIN" "$HEAD" "$DIR" "$IP"
   rm -rf "$DIR"
   sleep 0.5
@@ -44,7 +50,8 @@ done
 """
 CONTAINER = (
     "docker run --rm --name gemma --privileged --net=host --ipc=host --shm-size=16g"
-    " -e TPU_NAME -e TPU_WORKER_ID -e TPU_ACCELERATOR_TYPE -e TPU_TOPOLOGY -v /tmp:/tmp"
+    " -e TPU_NAME -e TPU_WORKER_ID -e TPU_ACCELERATOR_TYPE -e TPU_TOPOLOGY"
+    " -e RAY_AUTH_MODE -e RAY_AUTH_TOKEN_PATH -v /tmp:/tmp"
 )
 
 

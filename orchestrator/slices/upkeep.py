@@ -26,9 +26,9 @@ PATIENT_LOOKS = 3  # that find nothing before it is believed: what was asked for
 
 class RefusedError(Exception):
     """The provider did not do as asked. stock-out, quota: not there, not now. forbidden: never, as it stands.
-    trouble: of its own; the next try may work."""
+    trouble: of its own; the next try may work. unreachable: nothing answers at its address."""
 
-    def __init__(self, kind: Literal["stock-out", "quota", "forbidden", "trouble"], message: str):
+    def __init__(self, kind: Literal["stock-out", "quota", "forbidden", "trouble", "unreachable"], message: str):
         super().__init__(message)
         self.kind = kind
 
@@ -127,7 +127,7 @@ def ask(upkeep: Upkeep, action: Ask, now: float) -> None:
         upkeep.provider.ask(action)
         upkeep.news.append((action.name, f"asked for in {action.zone}"))
     except RefusedError as refused:
-        if refused.kind == "trouble":
+        if refused.kind in ("trouble", "unreachable"):
             raise  # the next look shows whether it came about all the same
         upkeep.unseen.discard(action.name)
         told = f"{action.zone}: {refused}"

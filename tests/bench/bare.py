@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -14,6 +15,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
 import jax
 
+from gemma.text.order import places
 from gemma.train.data import place
 from gemma.train.trainer import Trainer
 from orchestrator.config import from_container
@@ -29,7 +31,7 @@ def main() -> None:
     state, step_of, batch = trainer.state, trainer.train, trainer.functions.batch
     before = None
     for step in range(steps):
-        tokens = place(batch, lambda a, b, step=step: trainer.dataset.train_rows(step, a, b))
+        tokens = place(batch, partial(trainer.dataset.train_rows, places(trainer.order, step)))
         state, metrics = step_of(state, tokens)
         if before is not None:
             float(before["loss"])

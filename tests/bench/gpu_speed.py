@@ -1,11 +1,10 @@
 """MFU of Gemma 2's train step on one GPU, or on whatever JAX finds: needs JAX, Flax and Optax, nothing else.
 
 python -m tests.bench.gpu_speed [--batch 1] [--sequence 8192] [--remat full] [--steps 10] [--layers 26]
-                                [--tiny] [--attention xla]
+                                [--tiny]
 
 Gemma 2 2B, bf16 compute, float32 master weights and AdamW, random tokens. MFU by `step_flops` of `gemma.plan.flops`
-(causal, window aware) against the dense bf16 peak of an H100. On a Hopper GPU attention is tokamax's where that is
-installed (`attention_gpu`): it says which was taken, and `--attention xla` is the other, to compare. `--tiny` is a
+(causal, window aware) against the dense bf16 peak of an H100. On a GPU attention is XLA's, as on CPUs. `--tiny` is a
 model that runs anywhere, to try this file.
 """
 
@@ -14,10 +13,8 @@ import statistics
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 
 from gemma.config import Model
-from gemma.model import attention_gpu
 from gemma.plan.flops import step_flops
 from tests.bench.steps import program, run
 
@@ -42,15 +39,6 @@ GEMMA2_2B = Model(
 TINY = {"vocab": 512, "width": 128, "layers": 2, "heads": 2, "kv_heads": 1, "hidden": 256, "window": 64}
 
 
-def attention(model: Model) -> str:
-    """The one that this process's devices will be given."""
-    platform = jax.default_backend()
-    if platform == "tpu":
-        return "splash"
-    q_BTNH = jax.ShapeDtypeStruct((1, 1, model.heads, model.head_size), jnp.bfloat16)
-    return "tokamax" if platform == "gpu" and attention_gpu.serves(q_BTNH, model.attention_cap) else "xla"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=1)
@@ -59,12 +47,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--layers", type=int, default=GEMMA2_2B.layers)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--attention", choices=["best", "xla"], default="best")
     args = parser.parse_args()
     model = replace(GEMMA2_2B, **TINY) if args.tiny else replace(GEMMA2_2B, layers=args.layers)
-    if args.attention == "xla":
-        attention_gpu.available = lambda: False
-    print(f"attention by {attention(model)} on {jax.devices()[0].device_kind}")
+    print(f"on {jax.devices()[0].device_kind}")
     sizes = program(model, batch=args.batch, sequence=args.sequence, dtype="bfloat16", remat=args.remat, loss_chunk=512)
     times = []
     for step, (loss, seconds) in enumerate(run(sizes, args.steps)):

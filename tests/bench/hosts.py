@@ -28,10 +28,14 @@ from orchestrator.hosts.fleet import Fleet
 from orchestrator.hosts.group import Group, HostsFailedError
 from orchestrator.hosts.keeper import Held
 from orchestrator.hosts.placement import Placement, Spot
+from orchestrator.hosts.ready import ReadyHosts
 from orchestrator.hosts.worker import VerbResult
-from orchestrator.programs import pipeline as pipelines
+from orchestrator.interrupt import Interrupt
+from orchestrator.programs import dispatch
+from orchestrator.programs.dispatch import Training
 from orchestrator.programs.pipeline import Pipeline
 from orchestrator.programs.saves import Saves
+from orchestrator.programs.window import learn
 from orchestrator.record import manifest, rundir
 from orchestrator.record.report import Report
 from orchestrator.recovery import recover
@@ -104,7 +108,7 @@ def measure(root: Path, count: int, players: list[Any]) -> dict[str, float]:
     report = Report(config, folder, time.monotonic())
     report.begin_attempt()
     report.ledger.switch("step")
-    report.facts = Restored(0, True, "", 1.0, 1, True, "cpu", {})
+    report.facts = Restored(0, True, "", 1.0, 1, True, "cpu", {}, 100000, {}, ())
     victim = ray.remote(Player).options(num_cpus=0).remote()
     players = [victim, *players]
     workers = [Played(victim if rank == count - 1 else players[1 + rank % PLAYERS], rank) for rank in range(count)]
@@ -118,22 +122,23 @@ def measure(root: Path, count: int, players: list[Any]) -> dict[str, float]:
     )
     fleet.keepers.pop(f"node-{count - 1}")
     fleet.keys = [f"key-{rank}" for rank in range(count)]
-    pipeline = Pipeline(config, group, report, 0, Saves(0))
-    dispatch, work = [], []
+    ready = ReadyHosts(config, folder, group, [], fleet, report, Interrupt(), time.monotonic())
+    training = Training(ready, Pipeline(ready, 0), Saves(0))
+    sending, work = [], []
     for _ in range(WINDOWS):
-        pipeline.step_s, pipeline.longest_s = 0.1, 0.1
+        learn(training.pipeline.pace, "run", [0.1])
         started, before = time.monotonic(), time.process_time()
-        pipelines.send_window(pipeline)
-        dispatch.append(time.monotonic() - started)
-        pipelines.take(pipeline)
+        dispatch.send_steps(training)
+        sending.append(time.monotonic() - started)
+        dispatch.receive(training)
         work.append(time.process_time() - before)
-    pipelines.send_window(pipeline)
+    dispatch.send_steps(training)
     os.kill(ray.get(victim.pid.remote()), signal.SIGKILL)
     killed = time.monotonic()
     try:
         while True:
-            pipelines.send_window(pipeline)
-            pipelines.take(pipeline)
+            dispatch.send_steps(training)
+            dispatch.receive(training)
     except HostsFailedError as failed:
         seen = time.monotonic()
         history = [recover.diagnose(folder, failed, group, fleet, report)]
@@ -141,7 +146,7 @@ def measure(root: Path, count: int, players: list[Any]) -> dict[str, float]:
     decided = time.monotonic()
     report.close()
     return {
-        "dispatch": statistics.median(dispatch),
+        "dispatch": statistics.median(sending),
         "work": statistics.median(work),
         "notice": seen - killed,
         "classify": decided - seen,

@@ -31,8 +31,8 @@ def said(group: Group, verb: str, *args: Any) -> list[Any]:
 def attach(config: Config, group: Group) -> float:
     """Snapshots begin; returns the seconds that the devices take to pack one."""
     keepers = [memory.make("bench", spot, 600.0, None) for spot in group.placement.spots]
-    opened = hosts.collect(hosts.open_trainers(group, config, Path(config.run.root) / "bench"))
-    said(group, "restore", None, None, ())
+    opened = hosts.collect(hosts.open_programs(group, config, Path(config.run.root) / "bench"))
+    said(group, "restore", None)
     keys = [one.share_key for one in opened]
     attaching = memory.attach(keepers, keys, opened[0].share_bytes, 60.0)
     assert attaching.ready()

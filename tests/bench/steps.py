@@ -17,12 +17,22 @@ from gemma.train.step import functions
 def program(model: Model, *, batch: int, sequence: int, dtype: str, remat: str, loss_chunk: int) -> Program:
     return Program(
         model=model,
-        data=Data(source="stdlib", path=None, text_key="text", tokenizer="byte", sequence=sequence, eval_fraction=0.1),
+        data=Data(
+            source="stdlib",
+            path=None,
+            text_key="text",
+            tokenizer="byte",
+            sequence=sequence,
+            eval_fraction=0.1,
+            max_document_mb=128,
+        ),
         mesh=Mesh(replica=1, fsdp=1, tensor=1),
         optim=Optim(
             lr=3e-4,
             schedule="cosine",
             warmup_steps=10,
+            decay_steps=100,
+            wsd_decay_steps=None,
             final_lr_ratio=0.1,
             beta1=0.9,
             beta2=0.95,
@@ -30,11 +40,12 @@ def program(model: Model, *, batch: int, sequence: int, dtype: str, remat: str, 
             weight_decay=0.1,
             clip_norm=1.0,
         ),
-        train=Train(100, None, batch, 0, dtype, 1, remat, loss_chunk, None),  # type: ignore
-        eval=Eval(every=0, batches=1),
+        train=Train(100, None, batch, 0, dtype, 1, remat, loss_chunk, None, "auto"),  # type: ignore
+        eval=Eval(every=0, rows=8, sets=None),
         checkpoint=Checkpoint(0, 0.0, 1, 0, "off", 0.01, 60.0),
         profile=Profile(steps=()),
         guard=Guard(action="skip", spike_sigmas=0.0, warmup=100, rollback_steps=1, budget=10),
+        evaluate=None,
     )
 
 

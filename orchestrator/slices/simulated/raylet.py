@@ -21,8 +21,6 @@ UNUSED_PORT = 1024  # the lowest that Ray takes: nothing listens there
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
-    # A token that happens to lie in this user's home would be asked of hosts that have none.
-    "RAY_AUTH_MODE": "disabled",
     # A host's processes stay in the group that ends with it: one that escaped while it was starting would make its
     # directories anew after they were removed.
     "RAY_process_group_cleanup_enabled": "0",

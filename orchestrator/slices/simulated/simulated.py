@@ -3,12 +3,17 @@
 The GCS and the raylets are started directly, not through `ray._private.node`, which starts every
 node in turn and makes each wait for two Python agents that a local cluster has no use for.
 Written against Ray 2.60: the command lines are those of `ray._private.services`.
+
+Ray binds a port to loopback only where the node's address is exactly 127.0.0.1, and its Python part replaces that one
+by the machine's outward address; hosts need an address each. So the ports are open, and a token of the cluster's own
+guards them. The temporary folder is this user's alone: Ray makes what lies in it writable by all.
 """
 
 import base64
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orchestrator.slices import auth
+from orchestrator.slices.environment import inherited
 from orchestrator.slices.simulated import reaper as reaper_script
 from orchestrator.slices.simulated.raylet import (
     ENVIRONMENT,
@@ -27,12 +34,13 @@ from orchestrator.slices.simulated.raylet import (
     raylet_command,
     tpu_host,
 )
-from orchestrator.slices.simulated.reaper import STOP_TIMEOUT_S, kill_groups
+from orchestrator.slices.simulated.reaper import STOP_TIMEOUT_S, kill_groups, members
 from orchestrator.slices.topology import Slice
 
 HEAD = -1
 START_TIMEOUT_S = 30.0
-TEMP_DIR_LIMIT = 96  # a Unix socket's path has 107 bytes at most, 11 of them below temp_dir
+TEMP_DIR_LIMIT = 92  # a Unix socket's path has 107 bytes at most, 15 of them below temp_dir
+PRIVATE = 0o077  # umask: what Ray's processes make is this user's alone
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,15 @@ class Node:
     process: subprocess.Popen[bytes]
 
 
+@dataclass
+class Reaper:
+    """What ends spawned processes when this one dies; as long as this one lives, it ends them itself."""
+
+    temp_dir: Path
+    process: subprocess.Popen[bytes]
+    spawned: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Cluster:
     """A running cluster. `nodes` holds the head and, by index, the hosts that live."""
@@ -50,7 +67,7 @@ class Cluster:
     address: str
     cluster_id: str
     temp_dir: Path
-    reaper: subprocess.Popen[bytes]
+    reaper: Reaper
     gcs: Node
     nodes: dict[int, Node]
     dead_since: dict[int, float] = field(default_factory=dict)  # time.monotonic(), of hosts not yet replaced
@@ -99,12 +116,16 @@ def start(hosts: Mapping[int, Host], temp_dir: Path) -> Cluster:
     """Start a head without CPUs and one node per host, by index from 0, and return once all have registered.
 
     `temp_dir` must be absolute, short, and missing or empty; it is removed with the cluster, which
-    ends at `stop` or with this process. Call `ray.shutdown` before `stop`.
+    ends at `stop` or with this process. Call `ray.shutdown` before `stop`. Whoever uses the cluster does so within
+    `auth.using(token_path(temp_dir))`.
     """
     if not temp_dir.is_absolute() or len(os.fsencode(temp_dir)) > TEMP_DIR_LIMIT:
         raise ValueError(f"not an absolute path of up to {TEMP_DIR_LIMIT} bytes: {temp_dir}")
-    for name in ("session/logs", "session/runtime_resources"):
-        (temp_dir / name).mkdir(parents=True)
+    temp_dir.mkdir(mode=0o700, exist_ok=True)
+    temp_dir.chmod(0o700)
+    session = session_dir(temp_dir)
+    for name in ("logs", "runtime_resources"):
+        (session / name).mkdir(parents=True)
     deadline = time.monotonic() + START_TIMEOUT_S
     reaper = start_reaper(temp_dir)
     try:
@@ -112,7 +133,7 @@ def start(hosts: Mapping[int, Host], temp_dir: Path) -> Cluster:
         # This import takes a third of a second, in which the GCS starts.
         from ray._common.usage.usage_lib import put_cluster_metadata
 
-        port = temp_dir / "session" / f"gcs_server_port_{gcs.node_id}"
+        port = session / f"gcs_server_port_{gcs.node_id}"
 
         def ready() -> bool:
             return port.exists() and port.read_text().strip() != ""
@@ -135,24 +156,47 @@ def start(hosts: Mapping[int, Host], temp_dir: Path) -> Cluster:
 def stop(cluster: Cluster) -> None:
     """Kill all processes of the cluster and remove its directory."""
     end(cluster.temp_dir, cluster.reaper)
-    for node in (cluster.gcs, *cluster.nodes.values()):
-        node.process.wait(STOP_TIMEOUT_S)
 
 
-def start_reaper(temp_dir: Path) -> subprocess.Popen[bytes]:
-    """Ends what `spawn` starts, and removes the directory, at `end` or when this process dies."""
+def lost_head(cluster: Cluster) -> str:
+    """What has ended of the head, and so the cluster with it; empty where nothing has."""
+    parts = {"GCS": cluster.gcs, "raylet": cluster.nodes[HEAD]}
+    gone = [f"its {name} (pid {n.process.pid}) ended" for name, n in parts.items() if n.process.poll() is not None]
+    return "; ".join(gone)
+
+
+def session_dir(temp_dir: Path) -> Path:
+    """Ray makes its temporary folder, and some below it, writable by all: they lie in one that is this user's alone."""
+    return temp_dir / "ray" / "session"
+
+
+def token_path(temp_dir: Path) -> Path:
+    return temp_dir / auth.FILE
+
+
+def start_reaper(temp_dir: Path) -> Reaper:
+    """Ends what `spawn` starts, and removes the directory, when this process dies."""
+    return Reaper(temp_dir, _reaper_process(temp_dir))
+
+
+def _reaper_process(temp_dir: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-I", "-S", reaper_script.__file__, str(os.getpid()), str(temp_dir)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
-def end(temp_dir: Path, reaper: subprocess.Popen[bytes]) -> None:
-    """Kill what was spawned, and remove the directory."""
+def end(temp_dir: Path, reaper: Reaper) -> None:
+    """Kill what was spawned, whether the reaper lives or not, and remove the directory."""
+    kill_groups({process.pid for process in reaper.spawned})
+    for process in reaper.spawned:
+        process.wait(STOP_TIMEOUT_S)
     try:
-        reaper.communicate(timeout=2 * STOP_TIMEOUT_S)  # closes its standard input
+        reaper.process.communicate(timeout=2 * STOP_TIMEOUT_S)  # closes its standard input
     except subprocess.TimeoutExpired:
-        raise TimeoutError(f"waited in vain for the processes of {temp_dir} to end") from None
-    if reaper.returncode != 0:
-        raise RuntimeError(f"could not end the cluster in {temp_dir}: {reaper.returncode}")
+        reaper.process.kill()
+        reaper.process.wait()
+    shutil.rmtree(temp_dir, ignore_errors=True)
+    if temp_dir.exists():
+        raise RuntimeError(f"could not remove {temp_dir}")
 
 
 def _ip(index: int) -> str:
@@ -160,21 +204,20 @@ def _ip(index: int) -> str:
     return f"127.0.0.{index + 3}"
 
 
-def _tell(reaper: subprocess.Popen[bytes], group: int) -> None:
-    assert reaper.stdin is not None
-    reaper.stdin.write(f"{group}\n".encode())
-    reaper.stdin.flush()
+def _register(reaper: Reaper, spawned: Sequence[subprocess.Popen[bytes]]) -> None:
+    assert reaper.process.stdin is not None
+    reaper.process.stdin.write("".join(f"{process.pid}\n" for process in spawned).encode())
+    reaper.process.stdin.flush()
 
 
-def spawn(
-    reaper: subprocess.Popen[bytes], log: Path, env: Mapping[str, str], command: list[str]
-) -> subprocess.Popen[bytes]:
-    """Start a process in a group of its own: out of reach of Ctrl-C, but not of the reaper.
+def spawn(reaper: Reaper, log: Path, env: Mapping[str, str], command: list[str]) -> subprocess.Popen[bytes]:
+    """Start a process in a group of its own: out of reach of Ctrl-C, but not of the reaper. Of the environment it
+    inherits what `environment.inherited` lists.
 
     Not in a session of its own: Linux schedules sessions against one another (autogroup), and hosts that wait for
     each other in every collective then run at 0.74 of the speed, measured on two cores.
     """
-    env = {**os.environ, **ENVIRONMENT, **env}
+    env = {**inherited(os.environ), **ENVIRONMENT, **env}
     with log.open("wb") as out:
         process = subprocess.Popen(
             command,
@@ -183,13 +226,21 @@ def spawn(
             stdout=out,
             stderr=subprocess.STDOUT,
             process_group=0,
+            umask=PRIVATE,
         )
-    _tell(reaper, process.pid)
+    reaper.spawned = [one for one in reaper.spawned if one.returncode is None or members({one.pid})]
+    reaper.spawned.append(process)
+    try:
+        _register(reaper, [process])
+    except OSError:  # somebody has killed it: another one takes its place
+        reaper.process.wait(STOP_TIMEOUT_S)
+        reaper.process = _reaper_process(reaper.temp_dir)
+        _register(reaper, reaper.spawned)
     return process
 
 
-def _start_gcs(temp_dir: Path, reaper: subprocess.Popen[bytes]) -> Node:
-    node_id, session = secrets.token_hex(28), temp_dir / "session"
+def _start_gcs(temp_dir: Path, reaper: Reaper) -> Node:
+    node_id, session = secrets.token_hex(28), session_dir(temp_dir)
     spilling = {"type": "filesystem", "params": {"directory_path": str(session)}}
     config = {"is_external_storage_type_fs": True, "object_spilling_config": json.dumps(spilling)}
     flags = {
@@ -207,7 +258,7 @@ def _start_gcs(temp_dir: Path, reaper: subprocess.Popen[bytes]) -> Node:
 def start_node(cluster: Cluster, index: int, host: Host) -> None:
     """Returns at once: the node registers by itself."""
     node_id = cluster.gcs.node_id if index == HEAD else secrets.token_hex(28)
-    session = cluster.temp_dir / "session"
+    session = session_dir(cluster.temp_dir)
     node = Joining(cluster.address, cluster.cluster_id, "session", node_id, _ip(index), session)
     log = session / f"logs/raylet-{node_id[:8]}.log"
     command = raylet_command(node, host, index == HEAD)
@@ -220,7 +271,7 @@ def _wait(ready: Callable[[], bool], nodes: Sequence[Node], deadline: float, wha
         ended = any(node.process.poll() is not None for node in nodes)
         if ended or time.monotonic() > deadline:
             # The logs are about to be removed.
-            logs = (temp_dir / "session/logs").glob("*.log")
+            logs = (session_dir(temp_dir) / "logs").glob("*.log")
             tails = "".join(f"\n{log.name}: {log.read_text()[-1000:]}" for log in logs)
             why = "a Ray process ended" if ended else "time ran out"
             raise RuntimeError(f"{why} while waiting for {what}{tails}")
