@@ -8,7 +8,7 @@ RUN := .venv/bin/python
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: install train test check format
+.PHONY: install train test soak check format
 install: .venv/installed
 
 # Gemma 2, tiny, on a simulated v5p-16, on real text.
@@ -17,6 +17,10 @@ train: install
 
 test: install
 	$(RUN) -m pytest
+
+# What takes minutes: twenty random faults in one run, bit for bit.
+soak: install
+	$(RUN) -m pytest -m soak
 
 check: install
 	$(RUN) -m ruff check .

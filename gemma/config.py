@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 OWN_SPLIT = "held_out"  # the evaluation set that is the run's own held-out split
@@ -33,6 +34,20 @@ def naming(setting: str) -> Iterator[None]:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{setting}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def require_local(key: str, path: str | None) -> None:
+    """Raises ConfigError where a path is a URL, or of a user who does not exist."""
+    if path is None:
+        return
+    require(
+        not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", path),
+        f"{key}={path}: is a URL; allowed is a path of the file system: mount the bucket, for instance by gcsfuse",
+    )
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{key}={path}: there is no such user") from None
 
 
 def require_at_least(section: str, values: dict[str, int | float], least: int | float) -> None:
@@ -85,6 +100,8 @@ class Data:
 
     def __post_init__(self) -> None:
         require_at_least("data", {"sequence": self.sequence}, 2)
+        require_local("data.path", self.path)
+        require_local("data.tokenizer", self.tokenizer)
         require(
             0 <= self.eval_fraction < 0.5,
             f"data.eval_fraction={self.eval_fraction}: must lie between 0 and 0.5",
@@ -139,7 +156,7 @@ class Optim:
 
     def __post_init__(self) -> None:
         for key in ("lr", "eps"):
-            require(0 < getattr(self, key) < math.inf, f"optim.{key}={getattr(self, key)}: must be above 0, and finite")
+            require(0 < getattr(self, key) <= 10, f"optim.{key}={getattr(self, key)}: must be above 0, and at most 10")
         require_at_least("optim", {"warmup_steps": self.warmup_steps, "weight_decay": self.weight_decay}, 0)
         for key in ("beta1", "beta2"):
             require(0 <= getattr(self, key) < 1, f"optim.{key}={getattr(self, key)}: must be at least 0 and below 1")
@@ -177,6 +194,7 @@ class Train:
     def __post_init__(self) -> None:
         sizes = ("steps", "batch", "accumulation", "loss_chunk")
         require_at_least("train", {key: getattr(self, key) for key in sizes}, 1)
+        require_local("train.init_from", self.init_from)
         require(0 <= self.seed < 2**32, f"train.seed={self.seed}: must be at least 0 and below 2**32")
         require(self.tokens is None or self.tokens > 0, f"train.tokens={self.tokens}: must be above 0, or null")
         require(self.steps < 2**31, f"train.steps={self.steps}: must be below 2**31")
@@ -206,6 +224,7 @@ class Eval:
                 f"eval.sets.{name}: must be named by letters, digits, '-' and '_', at most 64, and not {OWN_SPLIT}",
             )
             require(bool(path), f"eval.sets.{name}=: empty; give a file, a directory or a glob")
+            require_local(f"eval.sets.{name}", path)
 
 
 @dataclass(frozen=True)
@@ -278,6 +297,7 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         require(bool(self.weights), "evaluate.weights=: empty; give a folder")
+        require_local("evaluate.weights", self.weights)
         require(self.step is None or self.step >= 0, f"evaluate.step={self.step}: must be at least 0, or null")
 
 

@@ -16,7 +16,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gemma.config import ConfigError
+from gemma.config import ConfigError, require_local
 from orchestrator.config import unknown_key
 from orchestrator.exit import Exit
 from orchestrator.slices.environment import bypass_proxy
@@ -31,6 +31,8 @@ HYDRA_FLAGS = (
     *("-cd", "--config-dir", "--experimental-rerun", "-i", "--info"),
 )
 FLAGS_WITH_VALUE = ("--cfg", "--package", "--config-path", "--config-name", "--config-dir", "--experimental-rerun")
+MAKE_FILES = ("hydra.output_subdir", "hydra.run.dir", "hydra.job.chdir")
+PATHS = {"run.root", "from", "to", "tokenizer", "weights"}  # of commands' own arguments
 MISTAKES = (ConfigError, HydraException, OmegaConfBaseException)
 
 
@@ -45,6 +47,8 @@ def main(name: str, work: Callable[[], int]) -> None:
     bypass_proxy()
     try:
         code = work()
+    except BrokenPipeError:  # nobody reads on, as with `| head`: no fault of anybody
+        code = Exit.FINISHED
     except MISTAKES as error:
         tell(name, error)
         code = 1
@@ -57,7 +61,10 @@ def main(name: str, work: Callable[[], int]) -> None:
         code = Exit.STOPPED
     except SystemExit as left:  # argparse leaves with 2 for a mistake, which here means that a run gave up
         code = 1 if left.code else 0
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush on the way out
     sys.stderr.flush()
     sys.exit(code)
 
@@ -104,6 +111,8 @@ def checked(arguments: list[str]) -> list[str]:
         flag, equals, _ = argument.partition("=")
         if argument.startswith("-") and (flag not in HYDRA_FLAGS or equals and flag not in FLAGS_WITH_VALUE):
             raise ConfigError(f"{argument}: unknown flag; allowed are key=value and {' '.join(HYDRA_FLAGS)}")
+        if argument.lstrip("+").partition("=")[0] in MAKE_FILES:
+            raise ConfigError(f"{argument}: Hydra's own files are off; a run's are in run.root")
     for group, _, value in (argument.partition("=") for argument in arguments):
         if value in ("", "null") and Path(CONF, group).is_dir():
             choices = sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
@@ -128,6 +137,8 @@ def arguments(known: dict[str, str], usage: str) -> tuple[dict[str, str], list[s
             own[key] = value
         else:
             rest.append(argument)
+    for key in PATHS & own.keys():
+        require_local(key, own[key])
     return own, rest
 
 

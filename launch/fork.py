@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from gemma.config import ConfigError
+from gemma.config import ConfigError, require_local
 from gemma.text import order as orders
 from launch.command import apply
 from orchestrator import change
@@ -44,6 +44,8 @@ def fork(arguments: Sequence[str], commanded: float) -> Exit:
     """The parent's config with overrides laid over it. Raises ConfigError, and then leaves nothing behind."""
     overrides = [text for text in arguments if not text.startswith("from=")]
     root = value_of(arguments, "run.root") or "runs"
+    require_local("run.root", root)
+    require_local("from", value_of(arguments, "from"))
     parent, step = parent_of(value_of(arguments, "from"), root)
     found = rundir.read_manifest(parent)
     old = found.config | {"run": found.config["run"] | {"id": None, "root": "runs"}}

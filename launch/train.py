@@ -28,8 +28,8 @@ sweeps: set[Path] = set()
 @hydra.main(config_path=CONF, config_name="run", version_base="1.3")
 def job(composed: DictConfig) -> None:
     """One run. Raises no mistake of the user's through Hydra, which would add lines of its own."""
-    if codes and codes[-1] in (Exit.MISTAKE, Exit.STOPPED):
-        return  # a sweep ends with what ends one of its runs, but for a run that gave up
+    if codes and codes[-1] is Exit.STOPPED:
+        return  # the user asked for the end of the sweep
     commanded = time.monotonic() if codes else process_started()
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
@@ -38,6 +38,8 @@ def job(composed: DictConfig) -> None:
         codes.append(train(composed, commanded))
     except MISTAKES as error:
         tell("train", error)
+        if hydra_config.mode == RunMode.MULTIRUN:
+            print(f"train: refused, the others go on: {' '.join(hydra_config.overrides.task)}", file=sys.stderr)
         codes.append(Exit.MISTAKE)
 
 
@@ -47,6 +49,8 @@ def train(composed: DictConfig, commanded: float) -> Exit:
     config = configs.from_container({str(key): value for key, value in container.items()})
     if config.evaluate is not None:
         raise ConfigError("evaluate: goes with launch.evaluate")
+    if config.plan.search or config.plan.smallest:
+        raise ConfigError("plan.search, plan.smallest: only launch.plan searches")
     preflight.check(config)
     if not config.detach:  # its job does that on the head
         preflight.check_fits(config)

@@ -26,11 +26,16 @@ from gemma.config import (
     fill,
     require,
     require_at_least,
+    require_local,
 )
 from gemma.schedule import resolved
+from orchestrator.chaos import faults
 from orchestrator.chaos.faults import Chaos
 from orchestrator.slices.cluster import NAME, Cluster
 from orchestrator.slices.topology import Slice, slice_type
+
+LARGEST_INT = 2**32  # of any setting; some have smaller bounds of their own
+WANDB_NAME = r"[A-Za-z0-9._-]{1,128}"
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Run:
     def __post_init__(self) -> None:
         ok = self.id is None or re.fullmatch(NAME, self.id)
         require(bool(ok), f"run.id={self.id}: letters, digits, '-' and '_', at most 64, none of the last two in front")
+        require_local("run.root", self.root)
+        require_local("run.cache", self.cache)
         require(self.id != "latest", "run.id=latest: means the newest run; give another name")
 
 
@@ -50,6 +57,12 @@ class Wandb:
     mode: Literal["auto", "online", "offline", "disabled"]  # auto: online where there is a key
     project: str
     entity: str | None
+
+    def __post_init__(self) -> None:
+        for key in ("project", "entity"):
+            name = getattr(self, key)
+            ok = name is None or re.fullmatch(WANDB_NAME, name)
+            require(bool(ok), f"wandb.{key}={name!r}: letters, digits, '.', '-' and '_', at most 128")
 
 
 @dataclass(frozen=True)
@@ -204,6 +217,7 @@ def from_container(container: Mapping[str, Any]) -> Config:
         replica % slices == 0,
         f"mesh.replica={replica}: must be a multiple of cluster.num_slices={slices} (fsdp and tensor stay in a slice)",
     )
+    faults.check(config.chaos, None if config.evaluate else config.train.steps, config.hosts)
     return config
 
 
@@ -223,6 +237,8 @@ def crossed(container: Mapping[str, Any]) -> Config:
         mistaken = any(isinstance(part, bool) for part in parts) and hints[key] is not bool
         if mistaken or as_list and not isinstance(value, list):
             raise ConfigError(f"{key}={value}: must be {describe(hints[key])}")
+        if any(isinstance(part, int) and abs(part) >= LARGEST_INT for part in parts):
+            raise ConfigError(f"{key}={value}: must be below 2**32")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}={value}: must be finite")
     try:

@@ -9,7 +9,7 @@ import pytest
 from gemma.config import Checkpoint, Data, Eval, Guard, Mesh, Model, Optim, Profile, Program, Train
 from gemma.text import tokens
 from tests import existing_cluster as existing
-from tests.runs import RUN, finish, launch
+from tests.runs import RUN, SMALL, finish, launch
 from tests.small_text import TEXTS, VOCAB, config, write_jsonl
 
 # Before anything imports jax. The hosts of a simulated slice set their own. Unoptimised code compiles twice as fast.
@@ -101,6 +101,20 @@ def existing_cluster() -> Iterator[str]:
     """The address of a Ray cluster that somebody else has started."""
     with existing.cluster() as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that the Trainers of all tests share: equal programs are compiled once a session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a local run with the settings SMALL that nothing befell."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    finish(launch("train", f"run.root={folder.parent}", f"run.id={folder.name}", *SMALL), 0)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -68,6 +68,7 @@ def refused(place: Path, command: str, arguments: str, expected: str) -> None:
         ("train.stepz=3", "train.stepz: unknown key; did you mean train.steps"),
         ("+train.stepz=3", "train.stepz: unknown key"),
         ("nonsense=3", "nonsense: unknown key; sections are run, model"),
+        ("train.dtype=bfloat16", "train.dtype=bfloat16: XLA aborts on CPUs"),
         ("train.steps=many", "train.steps=many: must be a whole number"),
         ("train.steps=1,2", "train.steps=1,2"),
         ("model=huge", "model=huge: no such choice; allowed: gemma2_27b, gemma2_2b, gemma2_9b, tiny\n"),

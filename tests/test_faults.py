@@ -23,9 +23,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(root: Path) -> Path:
-    finish(launch("train", f"run.root={root}", "run.id=undisturbed", *SMALL), 0)
-    return root / "undisturbed"
+def undisturbed(small_run: Path) -> Path:
+    return small_run
 
 
 def struck(root: Path, faults: str, *overrides: str, code: int = 0) -> Path:

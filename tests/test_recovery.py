@@ -34,9 +34,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(root: Path) -> Path:
-    finish(launch("train", f"run.root={root}", "run.id=undisturbed", *SMALL), 0)
-    return root / "undisturbed"
+def undisturbed(small_run: Path) -> Path:
+    return small_run
 
 
 def test_sigterm_saves_leaves_with_3_and_resume_ends_bitwise_the_same(undisturbed: Path, root: Path) -> None:
@@ -53,8 +52,10 @@ def test_sigterm_saves_leaves_with_3_and_resume_ends_bitwise_the_same(undisturbe
     assert wandb_steps(folder) == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("moment", ["manifest", "reserve", "start"])
+@pytest.mark.parametrize(  # one handler serves both signals: each moment, and both signals at one
+    ("moment", "number"),
+    [("manifest", signal.SIGTERM), ("reserve", signal.SIGINT), ("start", signal.SIGTERM), ("start", signal.SIGINT)],
+)
 def test_a_signal_before_the_first_step_leaves_with_3_and_a_run_that_resumes(
     root: Path, moment: str, number: signal.Signals
 ) -> None:

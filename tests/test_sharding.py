@@ -179,18 +179,10 @@ def relative_error(program: Program, reduce_dtype: Any) -> float:
 
 
 def test_gradients_summed_in_float32_are_not_rounded_on_the_way(program: Program) -> None:
+    """The other dtype cannot be shown here: XLA aborts on CPUs where a program that is manual over only some axes of
+    the mesh reduces bfloat16. `preflight` refuses that by name.
+    """
     assert relative_error(program, "float32") < 1e-6
-    assert 1e-4 < relative_error(program, "bfloat16") < 1e-2
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)], ids=str)
-def test_bfloat16_sums_change_a_steps_gradient_a_little_and_float32_sums_do_not(
-    run: Run, shape: tuple[int, int, int]
-) -> None:
-    """Of a program that computes in float32, so that nothing else is rounded."""
-    norms = {name: run(Mesh(*shape), reduce_dtype=name)[0, 1] for name in ("auto", "float32", "bfloat16")}
-    assert norms["float32"] == norms["auto"]
-    assert 0 < abs(norms["bfloat16"] / norms["auto"] - 1) < 1e-2
 
 
 STAGED = """

@@ -116,9 +116,9 @@ def test_shares_of_other_layouts_have_other_keys(program: Program, change: str) 
 
 
 @pytest.fixture
-def trainer(program: Program, tmp_path: Path) -> Trainer:
+def trainer(program: Program, tmp_path: Path, compiled_programs: Path) -> Trainer:
     text = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    return Trainer(replace(program, data=config(text), mesh=Mesh(2, 2, 2)), tmp_path, tmp_path / "cache")
+    return Trainer(replace(program, data=config(text), mesh=Mesh(2, 2, 2)), tmp_path, compiled_programs)
 
 
 def kept(trainer: Trainer) -> tuple[Keeper, str]:

@@ -16,10 +16,10 @@ from tests.small_text import TEXTS, config, write_jsonl
 
 
 @pytest.fixture
-def trainer(program: Program, tmp_path: Path) -> Trainer:
+def trainer(program: Program, tmp_path: Path, compiled_programs: Path) -> Trainer:
     text = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     program = replace(program, data=config(text), mesh=Mesh(2, 2, 2))
-    return Trainer(program, tmp_path, tmp_path / "cache")
+    return Trainer(program, tmp_path, compiled_programs)
 
 
 @pytest.fixture

@@ -55,6 +55,16 @@ def plan(chaos: Chaos, steps: int, ranks: int) -> list[Fault]:
     return found
 
 
+def check(chaos: Chaos, steps: int | None, ranks: int) -> None:
+    """Raises ConfigError for a listed fault that can never strike. steps: of the run; None where nobody knows yet."""
+    for text in chaos.faults:
+        fault, rank = parse(0, text, 2**31), text.partition("/")[2]
+        if int(rank or 0) >= ranks:
+            raise ConfigError(f"chaos.faults={text}: the run has hosts 0 to {ranks - 1}")
+        if steps is not None and fault.step >= steps:
+            raise ConfigError(f"chaos.faults={text}: strikes before the last step; allowed: below train.steps={steps}")
+
+
 def parse(index: int, text: str, ranks: int) -> Fault:
     """KIND@STEP, KIND@STEP:PHASE, each with /RANK at the end if it is not to be 0. Raises ConfigError."""
     kind, _, rest = text.partition("@")

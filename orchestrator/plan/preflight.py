@@ -63,6 +63,11 @@ def check(config: Config) -> None:
         kube.check(config.cluster.gke)
     if config.cluster.kind == "local":
         check_size(config)
+        if config.train.gradients_in == "bfloat16" and config.program.mesh.fsdp > 1:
+            raise ConfigError(
+                f"train.reduce_dtype={config.train.reduce_dtype} train.dtype={config.train.dtype}: XLA aborts on CPUs"
+                " where bfloat16 is summed over mesh.fsdp; with cluster=local give train.reduce_dtype=float32"
+            )
         with naming(f"run.cache={config.run.cache}"):
             check_directory("run.cache", config.run.cache)
         if config.train.init_from is not None:

@@ -31,6 +31,7 @@ class Training:
     pipeline: Pipeline
     saves: Saves
     saving: bool = False  # a save was just sent
+    prepared: bool = False  # the hosts have been told to compile what an evaluation runs
     halted: bool = False  # the hosts must be brought back to an earlier step
     bad: list[Bad] = field(default_factory=list)  # bad steps since the hosts last stood at a restored step
     pack_s: float = 0.0  # that the devices take for a snapshot
@@ -53,8 +54,11 @@ def send_due(training: Training) -> None:
     if step == 0:
         return
     if config.eval.every and due(step, config.train.steps, config.eval.every) and step > report.evaluated_step:
-        first_s = timeout.compile_s + timeout.step_s  # it is compiled, or loaded, when first asked for
-        pipelines.send(pipeline, "evaluate", deadline_of(pipeline.pace, "evaluate", first_s, timeout.hang_s, 1), step)
+        if not training.prepared:
+            pipelines.send(pipeline, "prepare", timeout.compile_s)
+            training.prepared = True
+        wait_s = deadline_of(pipeline.pace, "evaluate", timeout.step_s, timeout.hang_s, 1)
+        pipelines.send(pipeline, "evaluate", wait_s, step)
     now, begun = time.monotonic(), training.saves
     minutes = (now - begun.begun_at) / 60
     late = 0 < config.checkpoint.every <= step - begun.newest or 0 < config.checkpoint.every_minutes <= minutes
@@ -109,6 +113,8 @@ def receive(training: Training) -> None:
     waiting = [other.step for other in (sent, *pipeline.sent) if other.verb == "save"]
     if sent.verb == "run":
         receive_steps(training, result)
+    elif sent.verb == "prepare":
+        report.ledger.move("step", "compile", result)
     elif sent.verb == "evaluate":
         learn(pipeline.pace, "evaluate", [result.seconds])
         report.evaluated(result)
