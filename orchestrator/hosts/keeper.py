@@ -15,8 +15,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from gemma.memory import server as shares
 from gemma.memory import slots
 from gemma.memory.server import Memory
@@ -168,8 +166,8 @@ class Keeper:
 
     def end_host(self, pid: int) -> None:
         """All of Ray on this host ends at once, this keeper last."""
-        parent = psutil.Process(os.getppid())
-        for found in {pid, parent.pid, *(child.pid for child in parent.children())} - {os.getpid()}:
+        parent = os.getppid()
+        for found in {pid, parent, *children(parent)} - {os.getpid()}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(found, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -190,6 +188,15 @@ class Keeper:
 
 def path_of(memory: Memory) -> str:
     return f"/proc/{os.getpid()}/fd/{memory.descriptor}"
+
+
+def children(parent: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(stat.parent.name))
+    return found
 
 
 def oom_kills() -> int:
