@@ -1,4 +1,4 @@
-"""Whether a checkpoint's arrays are what was saved: the sums of `gemma.checkpoint.checksums`, in NumPy, a slab at a time.
+"""Whether a checkpoint's arrays are what was saved: the sums of `gemma.checkpoint.checksums`, in NumPy.
 
 Those are computed on devices, over arrays that lie there whole. Here the arrays are on disk and larger than memory, so
 each is read in slabs; the sums do not depend on how an array is cut.
@@ -31,7 +31,7 @@ def saved(folder: Path) -> dict[str, str]:
 
 
 def check(folder: Path, arrays: dict[str, Any], prefix: str) -> None:
-    """Reads every array once. arrays: TensorStore's, by leaf. Raises WeightsError naming the first that is not as saved."""
+    """Reads every array once. arrays: TensorStore's, by leaf. Raises WeightsError naming the first that differs."""
     noted = saved(folder)
     for leaf, array in arrays.items():
         name = f"{prefix}.{leaf}"
@@ -47,7 +47,7 @@ def sum_of(array: Any, name: str) -> str:
     total = np.zeros(2, np.uint32)
     for first in range(0, shape[0] if shape else 1, rows):
         try:
-            slab = np.asarray((array[first : first + rows] if shape else array).read().result())
+            slab = np.asarray((array[first : min(first + rows, shape[0])] if shape else array).read().result())
         except (ValueError, OSError) as error:
             raise WeightsError(f"{name} cannot be read: {str(error).splitlines()[0]}") from error
         start = first * (row_bytes // size)
