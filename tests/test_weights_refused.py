@@ -94,6 +94,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "layer_types=['full_attention', 'sliding_attention', 'full_attention', 'sliding_attention']: must alternate",
     ),
     "odd-layers": (set_config(num_hidden_layers=3), "num_hidden_layers=3: must be even"),
+    "endless-layers": (set_config(num_hidden_layers=10**12), "num_hidden_layers=1000000000000: must be at most 1,000"),
+    "endless-scale": (set_config(query_pre_attn_scalar=10**400), "query_pre_attn_scalar=an integer of 1329 bits"),
+    "endless-vocabulary": (set_config(vocab_size=10**400), "vocab_size=an integer of 1329 bits: must be at most"),
+    "deep": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json cannot be read"),
+    "long": (lambda f: (f / "config.json").write_text(" " * 2_000_000), "config.json: 2,000,000 bytes"),
     "fewer-rows": (set_config(vocab_size=36), "model.embed_tokens.weight is [37, 20], the model's is [36, 20]"),
 }
 
@@ -121,6 +126,24 @@ def test_a_damaged_folder_is_refused_before_anything_is_written(
         assert expected in str(error.value)
         assert key in str(error.value)
         assert "\n" not in str(error.value)
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_not_finite_is_refused_by_name(
+    value: float, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(held: dict[str, np.ndarray]) -> None:
+        held[UP] = held[UP].copy()
+        held[UP][3, 5] = value
+
+    edited(folder, spoil)
+    before = everything(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["convert", f"from={folder}", f"to={tmp_path}/out"])
+    with pytest.raises(ConfigError, match=f"{UP} is not finite: {value}"):
+        work()
+    with pytest.raises(ConfigError, match=f"{UP} is not finite"):
+        load_hf(folder)
     assert everything(tmp_path) == before
 
 

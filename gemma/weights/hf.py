@@ -41,7 +41,7 @@ class HfSource:
         length = layout.stored_shape(self.model, place.stored)[0]
         start, stop, _ = rows.indices(length)
         stored = read_rows(self.files[place.tensor], place.tensor, start, stop)
-        return layout.to_own(self.model, place, stored)
+        return layout.to_own(self.model, place, layout.finite(place.tensor, stored))
 
 
 def read_rows(path: Path, tensor: str, start: int, stop: int) -> np.ndarray:

@@ -27,6 +27,9 @@ REAL = {
     "final_logit_softcapping": "final_cap",
     "rms_norm_eps": "norm_eps",
 }
+MOST_BYTES = 1 << 20  # of config.json
+LARGEST = 2**31 - 1  # of a number in it, but for these
+MOST = {"num_hidden_layers": 1000, "num_attention_heads": 65536, "num_key_value_heads": 65536, "head_dim": 65536}
 # What Gemma 2 is not, or what we do not do: a key that is there must have one of these values.
 FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gemma2",),
@@ -46,8 +49,10 @@ def read(folder: Path) -> Model:
     """
     path = folder / "config.json"
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise WeightsError(f"{path.name}: {path.stat().st_size:,} bytes; allowed are {MOST_BYTES:,}")
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path.name} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise WeightsError(f"{path.name}: must be a JSON object")
@@ -74,8 +79,18 @@ def number(path: Path, found: dict[str, Any], key: str, *, whole: bool = False) 
     value = found.get(key, "missing")
     ok = isinstance(value, int) or isinstance(value, float) and (not whole or value.is_integer())
     if isinstance(value, bool) or not ok or not value > 0:
-        raise WeightsError(f"{path.name}: {key}={value}: must be a {'whole ' if whole else ''}number above 0")
+        raise WeightsError(f"{path.name}: {key}={shown(value)}: must be a {'whole ' if whole else ''}number above 0")
+    most = MOST.get(key, LARGEST)
+    if not value <= most:  # before it is used: a list of layers may be as long as it says
+        raise WeightsError(f"{path.name}: {key}={shown(value)}: must be at most {most:,}")
     return int(value) if whole else float(value)
+
+
+def shown(value: Any) -> str:
+    """A value in an error's line. Python refuses to write integers of thousands of digits."""
+    if isinstance(value, int) and value.bit_length() >= 128:
+        return f"an integer of {value.bit_length()} bits"
+    return str(value)[:40]
 
 
 def check_layers(path: Path, found: dict[str, Any], layers: int) -> None:

@@ -19,6 +19,15 @@ class WeightsError(ConfigError):
     """Weights that cannot be used, told in one line; who names a folder of them puts its key in front."""
 
 
+def finite(name: str, values: np.ndarray) -> np.ndarray:
+    """The values as they are. Raises WeightsError where one is NaN or infinite: no model has such a weight."""
+    good = np.isfinite(values.astype(np.float32, copy=False))
+    if not good.all():
+        at = [int(i) for i in np.argwhere(~good)[0]]
+        raise WeightsError(f"{name} is not finite: {values[tuple(at)]} at {at} of what was read")
+    return values
+
+
 BLOCKS = ("local_block", "global_block")
 EMBEDDING, FINAL_NORM = "embedding_VD", "final_norm"
 

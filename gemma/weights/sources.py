@@ -104,7 +104,7 @@ class Resized:
 
 def part(array: Any, name: str, index: tuple[Any, ...]) -> np.ndarray:
     try:
-        return array[index].read().result()
+        return layout.finite(name, array[index].read().result())
     except (ValueError, OSError) as error:
         raise WeightsError(f"{name} cannot be read: {str(error).splitlines()[0]}") from error
 

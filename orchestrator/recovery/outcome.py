@@ -48,6 +48,7 @@ class Outcome(Enum):
 COLLECTIVE_ERRORS = frozenset({"JaxRuntimeError", "XlaRuntimeError"})
 NAMED = {
     "ConfigError": Outcome.BAD_INPUT,
+    "WeightsError": Outcome.BAD_INPUT,
     "CheckpointError": Outcome.CHECKPOINT,
     "LostError": Outcome.LOST,
     "SnapshotError": Outcome.SNAPSHOT,
