@@ -145,11 +145,12 @@ def down(config: Config, run: str, orphans: bool, force: bool = False) -> int:
         raise ConfigError("down: give one of run=ID, cluster.name=NAME, orphans=true")
     if force and not run:
         raise ConfigError("force=true: goes with run=ID")
-    provider = providers.provider(config).opened(config, "")
     if orphans:
-        return down_orphans(config, provider)
+        return down_orphans(config, providers.provider(config).opened(config, ""))
     if not run:
-        return give_back(config, provider, "cluster.name", str(config.cluster.name))
+        return give_back(
+            config, providers.provider(config).opened(config, ""), "cluster.name", str(config.cluster.name)
+        )
     if run == "latest":
         run = rundir.find(config.run.root, run).name
     fate, why = judged(run, config.run.root)
@@ -157,7 +158,7 @@ def down(config: Config, run: str, orphans: bool, force: bool = False) -> int:
         raise ConfigError(f"run={run}: {why}")
     if fate == "unasked" and not force:
         raise ConfigError(f"run={run}: may be driven: it {why}; force=true gives back all the same")
-    return give_back(config, provider, "run", run)
+    return give_back(config, providers.provider(config).opened(config, ""), "run", run)
 
 
 def down_orphans(config: Config, provider: Provider) -> int:
