@@ -95,8 +95,8 @@ def files(top: Path = TOP) -> list[str]:
         found = []
     if not found:
         below = [path for name in NEEDED for path in (top / name, *(top / name).rglob("*"))]
-        found = [str(path.relative_to(top)) for path in below if "__pycache__" not in path.parts]
-    return sorted({name for name in found if (top / name).is_file()})
+        found = [str(path.relative_to(top)) for path in below]
+    return sorted({name for name in found if "__pycache__" not in Path(name).parts and (top / name).is_file()})
 
 
 def pack(folder: Path, top: Path = TOP) -> Path:
