@@ -51,7 +51,7 @@ def test_a_container_killed_and_a_preemption_end_bitwise_like_an_undisturbed_run
     assert failures(folder)[1:] == ["preempted"]
     assert_same_run(undisturbed, folder, STEPS)
     (code,) = (folder / "code").iterdir()
-    assert list((code / "gemma").glob("__pycache__/trainer.*"))  # the hosts ran what they were given
+    assert list((code / "gemma").glob("train/__pycache__/trainer.*"))  # the hosts ran what they were given
     assert orphaned_folders() <= before
 
 
