@@ -1,5 +1,6 @@
 """python -m launch.plan key=value ...: whether a run fits its slices and how fast it can be, without any TPU."""
 
+import shlex
 import signal
 import sys
 from dataclasses import asdict
@@ -131,7 +132,7 @@ def lines(p: plan.Plan) -> list[str]:
         out.append(f"compiled    {'remembered; took' if p.cached else 'in'} {p.compile_s:.0f} s")
     if not p.fits:
         return [*out, "what fits   plan.search=true tries other meshes of this slice, plan.smallest=true larger slices"]
-    out.append(f"run it      python -m launch.train cluster=ray cluster.address=HOST:PORT {' '.join(p.overrides)}")
+    out.append(f"run it      python -m launch.train cluster=ray cluster.address=HOST:PORT {shlex.join(p.overrides)}")
     return out
 
 

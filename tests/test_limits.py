@@ -1,6 +1,7 @@
 """What can mean nothing is refused by its name; a sweep goes on past a refused job; a reader who leaves is no fault."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 
 from gemma.config import ConfigError
 from launch.command import checked
+from orchestrator.config import with_id
+from orchestrator.record.report import resume_command
 from tests.test_config import config_of
 
 TOP = Path(__file__).parents[1]
@@ -79,3 +82,9 @@ def test_a_reader_who_leaves_is_no_fault(tmp_path: Path, command: str) -> None:
         timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("root", ["a b", "it's", "$HOME", "a;b", "runs2"])
+def test_the_printed_resume_line_can_be_pasted(tmp_path: Path, root: str) -> None:
+    line = shlex.split(resume_command(with_id(config_of(), "some", root), tmp_path / "some"))
+    assert line[3:] == ["run=some", f"run.root={root}"]

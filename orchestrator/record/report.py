@@ -1,5 +1,6 @@
 """Everything a run writes down: metrics, events, goodput, wandb, the screen. One writer, the controller."""
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ GOODPUT_EVERY_S = 5.0
 def resume_command(config: Config, folder: Path, more: str = "") -> str:
     if is_submitted():
         return f"python -m launch.resume run={folder.name} detach=true{more}"
-    root = "" if config.run.root == "runs" else f" run.root={config.run.root}"
+    root = "" if config.run.root == "runs" else " " + shlex.quote(f"run.root={config.run.root}")
     return f"python -m launch.resume run={folder.name}{root}{more}"
 
 
