@@ -55,6 +55,9 @@ def require_at_least(section: str, values: dict[str, int | float], least: int | 
         require(value >= least, f"{section}.{key}={value}: must be at least {least}")
 
 
+MOST_LAYERS, MOST_SIZE = 1000, 2**31 - 1
+
+
 @dataclass(frozen=True)
 class Model:
     """Gemma 2's shape; the numbers of 2B, 9B and 27B are the report's table 1 (arXiv:2408.00118)."""
@@ -78,6 +81,10 @@ class Model:
     def __post_init__(self) -> None:
         sizes = ("vocab", "width", "layers", "heads", "kv_heads", "head_size", "hidden", "window", "context")
         require_at_least("model", {key: getattr(self, key) for key in sizes}, 1)
+        for key in sizes:  # also of weights that others have written: nothing is sized by a number without bound
+            value, most = getattr(self, key), MOST_LAYERS if key == "layers" else MOST_SIZE
+            came = value if value < 10**15 else "a number of more than 15 digits"
+            require(value <= most, f"model.{key}={came}: must be at most {most}")
         require(self.layers % 2 == 0, f"model.layers={self.layers}: must be even (local and global layers alternate)")
         require(
             self.heads % self.kv_heads == 0,
@@ -85,7 +92,8 @@ class Model:
         )
         require(self.head_size % 2 == 0, f"model.head_size={self.head_size}: must be even (rotary halves)")
         for key in ("attention_cap", "final_cap", "query_scale", "rope_base", "norm_eps"):
-            require(getattr(self, key) > 0, f"model.{key}={getattr(self, key)}: must be above 0")
+            good = 0 < getattr(self, key) < math.inf
+            require(good, f"model.{key}={getattr(self, key)}: must be above 0, and finite")
 
 
 @dataclass(frozen=True)

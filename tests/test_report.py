@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gemma.digest import opened, sealed
 from orchestrator.page.history import read
 from orchestrator.page.page import FOLDER, digest, page
 from orchestrator.record import rundir
@@ -160,7 +161,7 @@ def damaged(folder: Path) -> Path:
     spent = {"step": 3.0} | {str(index): value for index, value in enumerate(odd)}
     told(folder, rows, events, wall_s=[1], goodput="x", restarts=odd, buckets=spent, incidents=incidents)
     found = json.loads((folder / "manifest.json").read_text())  # mistyped itself, it is refused: test_damaged_files
-    found["config"] |= {"data": None, "optim": [1], "mesh": 3}
+    found["config"] = sealed(opened(found["config"]) | {"data": None, "optim": [1], "mesh": 3})
     found |= {"mesh": {"a": [1]}, "created": 1e308, "parent": {"a": 1}}
     (folder / "manifest.json").write_text(json.dumps(found))
     return folder
@@ -257,7 +258,9 @@ def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
     found = json.loads(path.read_text())
     found["attempts"][0] |= {"command": HOSTILE, "overrides": [HOSTILE]}
     found |= {"id": HOSTILE, "git_commit": HOSTILE, "versions": {HOSTILE: HOSTILE}, "mesh": {HOSTILE: HOSTILE}}
-    found["config"]["model"]["name"] = found["config"]["cluster"]["slice"] = HOSTILE
+    config = opened(found["config"])
+    config["model"]["name"] = config["cluster"]["slice"] = HOSTILE
+    found["config"] = sealed(config)
     path.write_text(json.dumps(found))
     goodput = json.loads((folder / "goodput.json").read_text())
     texts = dict.fromkeys(("outcome", "rank", "evidence", "decision", "source", "steps_lost"), HOSTILE)

@@ -15,19 +15,19 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from gemma.checkpoint import words
-from gemma.train.step import TrainState
 
 OTHER = 0x9E3779B9  # added before the mixing is repeated: the second sum is not of the first one's terms
+Tree = Any  # a TrainState, or a part of one by its names
 Cut = tuple[tuple[str, ...], ...]  # of each dimension: the mesh axes that cut it
 
 
-def names(state: TrainState) -> list[str]:
+def names(state: Tree) -> list[str]:
     """Of the leaves, as `params.embedding`."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in flat]
 
 
-def summing(state: TrainState, mesh: jax.sharding.Mesh) -> Any:
+def summing(state: Tree, mesh: jax.sharding.Mesh) -> Any:
     """The program: state to uint32 [leaves, 2], on every device. Devices send each other nothing but sums, and those
     of one replica none to another's.
 
@@ -39,7 +39,7 @@ def summing(state: TrainState, mesh: jax.sharding.Mesh) -> Any:
     cuts = [cut_of(leaf) for leaf in leaves]
     over = [tuple(itertools.chain(*cut)) for cut in cuts]  # where a leaf's parts lie
 
-    def summed(state: TrainState) -> jax.Array:
+    def summed(state: Tree) -> jax.Array:
         parts = [
             part_sums(part, leaf.shape, cut)
             for part, leaf, cut in zip(jax.tree.leaves(state), leaves, cuts, strict=True)
@@ -88,6 +88,6 @@ def mixed(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def as_hex(state: TrainState, summed: jax.Array) -> dict[str, str]:
+def as_hex(state: Tree, summed: jax.Array) -> dict[str, str]:
     """Both sums of each leaf in hexadecimal, by its name."""
     return {name: f"{one:08x}{two:08x}" for name, (one, two) in zip(names(state), np.asarray(summed), strict=True)}

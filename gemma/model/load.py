@@ -16,12 +16,13 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gemma.checkpoint import checksums
 from gemma.config import ConfigError
 from gemma.model.transformer import Gemma
 from gemma.weights import layout
 from gemma.weights.hf import open_hf
 from gemma.weights.layout import EMBEDDING, Slot, WeightsError
-from gemma.weights.sources import DTYPES, Own, Resized, Source, open_source
+from gemma.weights.sources import DTYPES, PARAMS, Own, Resized, Source, open_source, part
 
 Tree = Any  # a nested dict of arrays, or of what stands for them
 
@@ -49,18 +50,31 @@ def load_hf(folder: str | Path, dtype: str = "float32") -> Gemma:
 def load_params(path: str, abstract: Tree, step: int | None = None) -> Tree:
     """The model's parameters from whatever weights lie at a path, placed and typed as `abstract` says.
 
-    Each host reads only what its devices hold. Where the model has more embedding rows than the weights (256128 in
-    JAX's, 256000 in Hugging Face's), the rows behind theirs are zeros. step: of a run's checkpoints, None the newest.
+    Each host reads only what its devices hold, and a checkpoint of ours is checked on the devices; where that is stored
+    in another dtype, or with fewer embedding rows (256000 in Hugging Face's, 256128 in JAX's: the rows behind are
+    zeros), each host reads it once more to check it. step: of a run's checkpoints, None the newest.
+
     Raises WeightsError.
     """
-    source = open_source(Path(path).expanduser(), step=step)
-    if isinstance(source, Own):
-        source.check_sums()  # each host reads all of it once: what comes from outside is checked before it is believed
-    rows = abstract[EMBEDDING].shape[0]
-    if rows > source.model.vocab:
-        print(f"{path}: {source.model.vocab} embedding rows; the {rows - source.model.vocab} behind them are zeros")
-        source = Resized(source, rows)
-    return load(source, abstract)
+    stored = open_source(Path(path).expanduser(), step=step)
+    rows, source = abstract[EMBEDDING].shape[0], stored
+    if rows > stored.model.vocab:
+        print(f"{path}: {stored.model.vocab} embedding rows; the {rows - stored.model.vocab} behind them are zeros")
+        source = Resized(stored, rows)
+    if not isinstance(stored, Own):
+        return load(source, abstract)
+    leaves = flatten_dict(abstract, sep=".")
+    if any(stored.arrays[leaf].shape != s.shape or stored.dtype(leaf) != s.dtype for leaf, s in leaves.items()):
+        stored.check_sums()
+        return load(source, abstract)
+    params = load(source, abstract)
+    summing = checksums.summing({PARAMS: abstract}, leaves[EMBEDDING].sharding.mesh)
+    found = checksums.as_hex({PARAMS: params}, summing({PARAMS: params}))
+    noted = stored.noted()
+    changed = sorted(name for name, value in found.items() if noted.get(name) != value)
+    if changed:
+        raise WeightsError(f"{changed[0]} is not what was saved, by its checksum")
+    return params
 
 
 def load(source: Source, abstract: Tree) -> Tree:
@@ -92,5 +106,5 @@ def region(source: Source, leaf: str, dtype: np.dtype, index: tuple[slice, ...])
 def share(source: Source, slot: Slot, index: tuple[slice, ...]) -> np.ndarray:
     """Of a part, what a device holds; a checkpoint of ours is cut so that little else is read."""
     if isinstance(source, Own):
-        return source.arrays[slot.leaf][(*slot.index, *index)].read().result()
+        return part(source.arrays[slot.leaf], slot.leaf, (*slot.index, *index))
     return source.read(slot)[index]

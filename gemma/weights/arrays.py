@@ -15,6 +15,7 @@ import numpy as np
 import tensorstore as ts
 
 from gemma.weights.layout import WeightsError
+from gemma.weights.small_json import read_json
 
 KeyPath = tuple[str, ...]  # of a leaf in the tree
 CHUNKS = 64  # of a part along its width, which `fsdp` cuts: a host reads little more than its share
@@ -62,10 +63,10 @@ def spec(folder: Path, path: KeyPath, zarr3: bool, ocdbt: bool) -> dict[str, Any
 def open_arrays(folder: Path) -> Arrays:
     """Raises WeightsError where the folder is no Orbax checkpoint."""
     try:
-        metadata = json.loads((folder / "_METADATA").read_text())
+        metadata = read_json(folder / "_METADATA")
         trees = metadata["tree_metadata"].values()
         names = frozenset(tuple(str(key["key"]) for key in leaf["key_metadata"]) for leaf in trees)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (WeightsError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"no Orbax checkpoint in {folder}: _METADATA cannot be read ({error})") from error
     ocdbt = (folder / "manifest.ocdbt").exists()
     return Arrays(folder, names, bool(metadata.get("use_zarr3", False)), ocdbt, ts.Context(LIMITS))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from gemma.config import ConfigError, Model
-from gemma.weights import arrays, folders, hf, hf_config, layout
+from gemma.weights import arrays, folders, hf, hf_config, layout, sums
 from gemma.weights.layout import EMBEDDING, Place
 from gemma.weights.sources import PARAMS, Source
 
@@ -83,15 +83,30 @@ def write_checkpoint(source: Source, out: Path, dtype: np.dtype | None = None) -
         dims = "P24"[: len(shape) - len(layout.own_dims(leaf))] + layout.own_dims(leaf)
         shapes[(PARAMS, *leaf.split("."))] = (shape, types[leaf], arrays.chunk_shape(dims, shape, types[leaf].itemsize))
     made = arrays.create(out / "checkpoint", shapes)
+    totals = {f"{PARAMS}.{leaf}": np.zeros(2, np.uint32) for leaf in types}
     for place in layout.places(model, layout.HF):
-        leaf = place.slot.leaf
+        leaf, shape = place.slot.leaf, layout.own_shape(model, place.slot.leaf)
         array = made[(PARAMS, *leaf.split("."))]
         if leaf == EMBEDDING:
             for rows in row_blocks(source, types[leaf]):
-                array[rows].write(source.read(place.slot, rows).astype(types[leaf], copy=False)).result()
+                part = cast(place.tensor, source.read(place.slot, rows), types[leaf])
+                array[rows].write(part).result()
+                totals[f"{PARAMS}.{leaf}"] += sums.sum_of_run(part, rows.start * shape[1])
         else:
-            write_part(array, place.slot.index, layout.own_dims(leaf), source.read(place.slot), types[leaf])
+            part = cast(place.tensor, source.read(place.slot), types[leaf])
+            write_part(array, place.slot.index, layout.own_dims(leaf), part, types[leaf])
+            before = int(
+                np.ravel_multi_index(place.slot.index, shape[: len(place.slot.index)]) if place.slot.index else 0
+            )
+            totals[f"{PARAMS}.{leaf}"] += sums.sum_of_run(part, before * part.size)
+    sums.note(out / "checkpoint", totals)
     (out / "model.json").write_text(folders.model_json(model))
+
+
+def cast(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """In another dtype. Raises WeightsError where a value is too large for it."""
+    with np.errstate(over="ignore"):  # what overflows is infinite then, and refused by name
+        return layout.finite(name, values.astype(dtype, copy=False))
 
 
 def write_part(array: Any, index: tuple[int, ...], dims: str, part: np.ndarray, dtype: np.dtype) -> None:
@@ -121,9 +136,9 @@ def write_released(source: Source, out: Path, gating: str, dtype: np.dtype | Non
         array, kind = made[path], shapes[path][1]
         if place.slot.leaf == EMBEDDING:
             for rows in row_blocks(source, kind):
-                array[rows].write(source.read(place.slot, rows).astype(kind, copy=False)).result()
+                array[rows].write(cast(place.tensor, source.read(place.slot, rows), kind)).result()
         else:
-            part = layout.to_stored(model, place, source.read(place.slot))
+            part = cast(place.tensor, layout.to_stored(model, place, source.read(place.slot)), kind)
             write_part(array, () if place.index is None else (place.index,), place.stored, part, kind)
 
 
@@ -152,12 +167,12 @@ def stored_blocks(source: Source, place: Place, dtype: np.dtype) -> Iterator[np.
     """A tensor in the order of its bytes, a block at a time."""
     if place.slot.leaf == EMBEDDING:
         for rows in row_blocks(source, dtype):
-            yield source.read(place.slot, rows).astype(dtype, copy=False)
+            yield cast(place.tensor, source.read(place.slot, rows), dtype)
         return
     part = layout.to_stored(source.model, place, source.read(place.slot))
     step = max(1, BLOCK_BYTES // max(1, part[:1].size * dtype.itemsize))
     for start in range(0, len(part), step):
-        yield part[start : start + step].astype(dtype)
+        yield cast(place.tensor, part[start : start + step], dtype)
 
 
 def copy_sidecars(folder: Path, out: Path) -> list[str]:

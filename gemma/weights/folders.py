@@ -12,8 +12,10 @@ from typing import Any, Literal
 import dacite
 
 from gemma.config import ConfigError, Model
+from gemma.digest import opened, sealed
 from gemma.weights import hf_config
 from gemma.weights.layout import WeightsError
+from gemma.weights.small_json import read_json
 
 Kind = Literal["hf", "checkpoint", "run", "released"]
 KINDS = "a Hugging Face folder, an imported checkpoint, a run directory or a released Orbax checkpoint"
@@ -39,17 +41,10 @@ def find(path: Path, step: int | None = None) -> Found:
     if (path / "config.json").is_file():
         return Found("hf", path, hf_config.read(path), path)
     if (path / "model.json").is_file():
-        return Found("checkpoint", path, as_model(read_json(path / "model.json")), path / "checkpoint")
+        return Found("checkpoint", path, as_model(unsealed(path / "model.json", "")), path / "checkpoint")
     if (path / "_METADATA").is_file():
         return Found("released", path, None, path)
     raise WeightsError(f"holds no weights; allowed is {KINDS}")
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path.name} cannot be read: {error}") from error
 
 
 def as_model(values: Any) -> Model:
@@ -60,15 +55,23 @@ def as_model(values: Any) -> Model:
 
 
 def model_json(model: Model) -> str:
-    return json.dumps(asdict(model), indent=1) + "\n"
+    return json.dumps(sealed(asdict(model)), indent=1) + "\n"
+
+
+def unsealed(path: Path, key: str) -> dict[str, Any]:
+    """What a file says under a key (all of it: ""), if it is as it was written. Raises WeightsError."""
+    found = read_json(path)
+    try:
+        return opened(found[key] if key else found)
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{path.name}: {error}") from error
 
 
 def run_model(path: Path) -> Model:
-    manifest = read_json(path / "manifest.json")
-    try:
-        return as_model(manifest["config"]["model"])
-    except (KeyError, TypeError) as error:
-        raise WeightsError(f"manifest.json names no model ({error!r})") from error
+    config = unsealed(path / "manifest.json", "config")
+    if "model" not in config:
+        raise WeightsError("manifest.json names no model")
+    return as_model(config["model"])
 
 
 def run_step(path: Path, step: int | None) -> Path:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from gemma.config import Model
 from gemma.weights import hf_config, layout
 from gemma.weights.layout import Place, Slot, WeightsError
+from gemma.weights.small_json import read_json, shown
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -88,16 +89,18 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     single = folder / SINGLE
     if single.is_file():
         return dict.fromkeys(header(single), single)
+    if not (folder / INDEX).exists():
+        raise WeightsError(f"neither {SINGLE} nor {INDEX} is there")
     try:
-        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        weight_map = read_json(folder / INDEX)["weight_map"]
         files = {str(name): folder / str(file) for name, file in weight_map.items()}
-    except FileNotFoundError:
-        raise WeightsError(f"neither {SINGLE} nor {INDEX} is there") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{INDEX} cannot be read: {error!r}") from error
-    for name, path in files.items():
-        if path.parent != folder or not path.is_file():
-            raise WeightsError(f"{INDEX} puts {name} into {path.name}, which is missing")
+        missing = next((n for n, path in files.items() if path.parent != folder or not path.is_file()), None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # OSError: a name that no file can have
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"{INDEX} cannot be read: {error!r}"[:300]) from error
+    if missing is not None:
+        raise WeightsError(f"{INDEX} puts {shown(missing)} into {shown(files[missing].name)}, which is missing")
     return files
 
 

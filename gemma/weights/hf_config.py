@@ -6,6 +6,7 @@ from typing import Any
 
 from gemma.config import ConfigError, Model
 from gemma.weights.layout import WeightsError
+from gemma.weights.small_json import read_json, shown
 
 ARCHITECTURE = "Gemma2ForCausalLM"
 GELU = "gelu_pytorch_tanh"
@@ -48,21 +49,16 @@ def read(folder: Path) -> Model:
     Raises WeightsError naming the key for every architecture, option or value that is not Gemma 2.
     """
     path = folder / "config.json"
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise WeightsError(f"{path.name}: {path.stat().st_size:,} bytes; allowed are {MOST_BYTES:,}")
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path.name} cannot be read: {error}") from error
+    found = read_json(path, MOST_BYTES)
     if not isinstance(found, dict):
         raise WeightsError(f"{path.name}: must be a JSON object")
     architectures = found.get("architectures") or [ARCHITECTURE]
     if architectures != [ARCHITECTURE]:
-        raise WeightsError(f"{path.name}: architectures={architectures}: only {ARCHITECTURE} is read")
+        raise WeightsError(f"{path.name}: architectures={shown(architectures)}: only {ARCHITECTURE} is read")
     for key, allowed in FIXED.items():
         value = found.get(key, allowed[0])
         if value not in allowed:
-            raise WeightsError(f"{path.name}: {key}={value}: Gemma 2 has {key}={json.dumps(allowed[0])}")
+            raise WeightsError(f"{path.name}: {key}={shown(value)}: Gemma 2 has {key}={json.dumps(allowed[0])}")
     values: dict[str, Any] = {ours: number(path, found, theirs, whole=True) for theirs, ours in WHOLE.items()}
     values |= {ours: number(path, found, theirs) for theirs, ours in REAL.items()}
     scale = number(path, found, "query_pre_attn_scalar") ** -0.5
@@ -86,18 +82,13 @@ def number(path: Path, found: dict[str, Any], key: str, *, whole: bool = False) 
     return int(value) if whole else float(value)
 
 
-def shown(value: Any) -> str:
-    """A value in an error's line. Python refuses to write integers of thousands of digits."""
-    if isinstance(value, int) and value.bit_length() >= 128:
-        return f"an integer of {value.bit_length()} bits"
-    return str(value)[:40]
-
-
 def check_layers(path: Path, found: dict[str, Any], layers: int) -> None:
     """Local and global layers alternate, local first; where the key is absent that is what it means."""
     alternating = [("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)]
     if found.get("layer_types", alternating) not in (alternating, None):
-        raise WeightsError(f"{path.name}: layer_types={found['layer_types']}: must alternate, sliding_attention first")
+        raise WeightsError(
+            f"{path.name}: layer_types={shown(found['layer_types'])}: must alternate, sliding_attention first"
+        )
     if layers % 2:
         raise WeightsError(f"{path.name}: num_hidden_layers={layers}: must be even (local and global layers alternate)")
 
@@ -109,7 +100,7 @@ def rope_base(path: Path, found: dict[str, Any]) -> float:
         return float(number(path, found, "rope_theta"))
     kind = rope.get("rope_type", "default") if isinstance(rope, dict) else rope
     if kind != "default":
-        raise WeightsError(f"{path.name}: rope_parameters: rope_type={kind}: Gemma 2 has the default one")
+        raise WeightsError(f"{path.name}: rope_parameters: rope_type={shown(kind)}: Gemma 2 has the default one")
     return float(number(path, rope, "rope_theta"))
 
 

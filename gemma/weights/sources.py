@@ -48,8 +48,12 @@ class Own:
     def dtype(self, leaf: str) -> np.dtype:
         return self.arrays[leaf].dtype.numpy_dtype
 
+    def noted(self) -> dict[str, str]:
+        """The checksums of its arrays, by name. Raises WeightsError where there are none."""
+        return sums.noted(self.folder)
+
     def check_sums(self) -> None:
-        """Reads all of it once. Raises WeightsError where it is not what was saved."""
+        """Reads all of it once. Raises WeightsError where it is not what was saved, or nobody can know."""
         sums.check(self.folder, self.arrays, PARAMS)
 
     def read(self, slot: Slot, rows: slice = EVERY_ROW) -> np.ndarray:

@@ -18,6 +18,7 @@ from typing import IO, Any
 import dacite
 
 from gemma.config import ConfigError, naming
+from gemma.digest import opened, sealed
 from orchestrator.record import jsonfile
 from orchestrator.record.jsonfile import is_count, is_number, read_lines, read_object, write_json
 from orchestrator.recovery.incident import Incident
@@ -164,7 +165,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Raises ConfigError where the disk does not take it: no run goes on without."""
     path = folder / "manifest.json"
     try:
-        write_json(path, asdict(manifest), 0o600 if manifest.git_diff else 0o644)
+        found = asdict(manifest)
+        write_json(path, found | {"config": sealed(found["config"])}, 0o600 if manifest.git_diff else 0o644)
     except OSError as error:
         raise ConfigError(f"run={folder.name}: cannot write {path} ({error.strerror})") from error
 
@@ -173,7 +175,9 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises ConfigError naming the file where it is not a manifest."""
     path = folder / "manifest.json"
     try:
-        manifest = dacite.from_dict(Manifest, jsonfile.parse(path.read_bytes()), dacite.Config(strict=True))
+        found = jsonfile.parse(path.read_bytes())
+        found["config"] = opened(found.get("config"))
+        manifest = dacite.from_dict(Manifest, found, dacite.Config(strict=True))
         if not all(isinstance(manifest.config.get(name), dict) for name in SECTIONS):
             raise ValueError(f"its config lacks one of {', '.join(SECTIONS)}")
         if not is_count(manifest.config["train"].get("steps")):
