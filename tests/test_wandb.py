@@ -154,7 +154,7 @@ def test_the_step_is_an_axis_of_its_own(spool: Path) -> None:
         found.ParseFromString(data)
         if found.WhichOneof("record_type") == "metric":
             axes[found.metric.name or found.metric.glob_name] = found.metric.step_metric
-    assert axes == {"step": "", "*": "step"}
+    assert axes == {"step": "", "*": "step", "eval/step": "", "eval/*": "eval/step"}
 
 
 def raises(error: BaseException) -> Callable[..., NoReturn]:

@@ -1,9 +1,10 @@
 """wandb: one run, one writer, in a thread of its own. Nothing that happens to wandb stops or slows training.
 
-Steps lie on the axis `step`, not on wandb's own counter, which drops whatever goes backwards. Offline, each controller
-writes the whole history again, from metrics.jsonl and events.jsonl, and then removes the files of earlier controllers:
-whatever was resumed, there is one file to send, and it is complete. Online, what the server holds already is not sent
-again. (Resumed with another learning rate, steps done twice differ: online wandb keeps the first, offline the last.)
+Steps lie on the axes `step` and `eval/step`, not on wandb's own counter, which drops whatever goes backwards. Offline,
+each controller writes the whole history again, from metrics.jsonl and events.jsonl, and then removes the files of
+earlier controllers: whatever was resumed, there is one file to send, and it is complete. Online, what the server holds
+already is not sent again, and the offline files of earlier controllers are renamed, so that `wandb sync` leaves them
+out. (Resumed with another learning rate, steps done twice differ: online wandb keeps the first, offline the last.)
 """
 
 import contextlib
@@ -22,7 +23,8 @@ from orchestrator.config import Config
 from orchestrator.record import rundir
 
 FINISH_TIMEOUT_S = 30.0
-ONCE_A_STEP = ("loss", "eval/loss")  # what tells a row of a kind that is written once for each step
+AXES = {"loss": "step", "eval/loss": "eval/step"}  # what tells the two kinds of rows, each written once a step
+REPLAYED = "replayed-"  # before the name of an offline folder whose rows an online run has taken over
 QUEUE_ROWS = 100_000  # what a hanging wandb may pile up before rows are dropped
 
 
@@ -40,7 +42,7 @@ def mode(config: Config) -> str:
 def eval_row(step: int, loss: float, bits_per_byte: float, sets: dict[str, float]) -> dict[str, Any]:
     """loss: of the run's own held-out split. sets: the loss of each held-out set by its name."""
     by_set = {f"eval/{name}/loss": value for name, value in sets.items()}
-    return {"step": step, "eval/step": step, "eval/loss": loss, "eval/bits_per_byte": bits_per_byte} | by_set
+    return {"eval/step": step, "eval/loss": loss, "eval/bits_per_byte": bits_per_byte} | by_set
 
 
 def manifest_of(folder: Path) -> rundir.Manifest | None:
@@ -57,6 +59,13 @@ def plain(row: dict[str, Any]) -> dict[str, Any]:
 def remove(folders: Sequence[Path]) -> None:
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_aside(folders: Sequence[Path]) -> None:
+    """Nobody knows whether the server got all: nothing is deleted."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rename(folder.with_name(f"{REPLAYED}{folder.name}"))
 
 
 class WandbLog:
@@ -89,25 +98,26 @@ class WandbLog:
                 if step not in known["loss"]:
                     run.log(plain(written))
                     known["loss"].add(step)
-            for event in rundir.events(self.folder):
-                if event["event"] == "eval" and event["step"] not in known["eval/loss"]:
-                    by_set = event.get("sets", {})
-                    run.log(plain(eval_row(event["step"], event["loss"], event["bits_per_byte"], by_set)))
-                    known["eval/loss"].add(event["step"])
+            evals = {event["step"]: event for event in rundir.events(self.folder) if event["event"] == "eval"}
+            for step, event in sorted(evals.items()):
+                if step not in known["eval/loss"]:
+                    run.log(plain(eval_row(step, event["loss"], event["bits_per_byte"], event.get("sets", {}))))
+                    known["eval/loss"].add(step)
             if self.mode == "offline":
                 remove(before)  # the new file holds all that they do
+            else:
+                set_aside(before)
             while (row := self.rows.get()) is not None:
-                once = next((name for name in ONCE_A_STEP if name in row), None)
-                if once is not None:
-                    if row["step"] in known[once]:
+                kind = next((name for name in AXES if name in row), None)
+                if kind is not None:
+                    if row[AXES[kind]] in known[kind]:
                         continue
-                    known[once].add(row["step"])
+                    known[kind].add(row[AXES[kind]])
                 run.log(plain(row))
             run.finish()
             import wandb
 
             wandb.teardown()  # `finish` returns a moment before the last records are in the file; this waits
-            remove(before)  # online too: the server has it all, and `wandb sync` would send it again
         except BaseException as error:  # wandb raises even SystemExit; training does not care
             self.give_up(f"{type(error).__name__}: {error}")
 
@@ -116,7 +126,7 @@ class WandbLog:
 
         An agent of a sweep names the run itself: the manifest keeps that id, and a resume goes on with it.
         """
-        known: dict[str, set[int]] = {name: set() for name in ONCE_A_STEP}
+        known: dict[str, set[int]] = {kind: set() for kind in AXES}
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
@@ -140,9 +150,12 @@ class WandbLog:
             rundir.write_manifest(self.folder, replace(manifest, wandb_id=run.id))
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
-        if self.mode == "online" and run.resumed:
-            newest = {"loss": run.summary.get("step"), "eval/loss": run.summary.get("eval/step")}
-            known = {name: set(range(int(newest[name] or 0) + 1)) for name in ONCE_A_STEP}
+        run.define_metric("eval/step")
+        run.define_metric("eval/*", step_metric="eval/step")
+        if self.mode == "online" and run.resumed:  # the newest value of each axis: rows of a kind go in step order
+            newest = {kind: run.summary.get(axis) for kind, axis in AXES.items()}
+            known = {kind: set(range(int(step) + 1)) for kind, step in newest.items() if step is not None}
+            known = {kind: known.get(kind, set()) for kind in AXES}
         return run, known
 
     def give_up(self, why: str) -> None:
