@@ -1,8 +1,8 @@
 """cluster=ray: TPU nodes of a Ray cluster that exists already."""
 
 import logging
+import os
 import re
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,12 +42,9 @@ def connected(
 ) -> Iterator[None]:
     """To a Ray cluster, from its node of this IP; None is this machine's outward one. Raises ConfigError."""
     if re.fullmatch(HOST_PORT, address):
-        host, _, port = address.rpartition(":")
-        bypass_proxy(host)
-        try:
-            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-        except OSError as error:
-            raise ConfigError(f"cluster.address={address}: no Ray cluster answers there ({error})") from error
+        bypass_proxy(address.rpartition(":")[0])
+        if why := unanswered(address):
+            raise ConfigError(f"cluster.address={address}: no Ray cluster answers there ({why})")
     try:
         with handlers_kept():
             ray.init(
@@ -65,6 +62,25 @@ def connected(
         yield
     finally:
         ray.shutdown()
+
+
+def unanswered(address: str) -> str | None:
+    """Why nothing at HOST:PORT is the head of a Ray cluster; None where something is, though it may refuse us."""
+    import grpc
+    from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest  # type: ignore[attr-defined]
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    if os.environ.get("RAY_USE_TLS", "0") not in ("0", ""):
+        return None  # the certificates are Ray's to read
+    try:
+        with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+            NodeInfoGcsServiceStub(channel).GetClusterId(GetClusterIdRequest(), timeout=CONNECT_TIMEOUT_S)
+    except grpc.RpcError as error:
+        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNIMPLEMENTED):
+            return " ".join(error.details().split())[-150:]
+        if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+            return f"it takes the connection and says nothing for {CONNECT_TIMEOUT_S:.0f} s"
+    return None
 
 
 def joined(config: Config) -> set[str]:
