@@ -53,7 +53,7 @@ def fork(arguments: Sequence[str], commanded: float) -> Exit:
     new = apply(old, overrides)
     config = configs.from_container(new)
     changed = [one for one in change.changes(configs.flatten(old), configs.flatten(new)) if one.key not in OWN]
-    change.refuse(changed, allow_data_change=True)
+    change.refuse(changed, allow_data_change=True, whose="a fork")
     if config.detach:
         raise ConfigError("detach=true: a fork begins where its parent lies; allowed is detach=false")
     if config.train.steps <= step:

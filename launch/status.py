@@ -43,7 +43,8 @@ def line(folder: Path) -> list[str]:
     goodput = rundir.goodput(folder)
     share = "-" if goodput is None or goodput["goodput"] is None else f"{goodput['goodput']:.1%}"
     age = time.strftime("%Y-%m-%d %H:%M", time.localtime(manifest.created))
-    return [folder.name, state(folder), f"{step}/{manifest.config['train']['steps']}", loss, share, age]
+    copied = "" if manifest.id == folder.name else f", a copy of {manifest.id}"
+    return [folder.name, state(folder) + copied, f"{step}/{manifest.config['train']['steps']}", loss, share, age]
 
 
 def table(rows: list[list[str]]) -> str:
@@ -55,6 +56,8 @@ def table(rows: list[list[str]]) -> str:
 
 def detail(folder: Path) -> str:
     lines = []
+    if parent := rundir.read_manifest(folder).parent:
+        lines.append(f"begun from run {parent.get('id')} at step {parent.get('step')}")
     if found := rundir.goodput(folder):
         buckets = sorted(found["buckets"].items(), key=lambda item: -item[1])
         lines += [f"wall {found['wall_s']:.1f} s, restarts {found['restarts']}"]

@@ -52,11 +52,11 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     ]
 
 
-def refuse(found: list[Change], allow_data_change: bool) -> None:
+def refuse(found: list[Change], allow_data_change: bool, whose: str = "a resumed run") -> None:
     """Raises ConfigError for what may not change."""
     for change in found:
         if change.kind is Kind.FORBIDDEN:
-            raise ConfigError(f"{change.key}={change.new}: a resumed run keeps {change.key}={change.old}")
+            raise ConfigError(f"{change.key}={change.new}: {whose} keeps {change.key}={change.old}")
         if change.kind is Kind.DATA and not allow_data_change:
             raise ConfigError(
                 f"{change.key}={change.new}: changes the data order (was {change.old});"

@@ -29,7 +29,7 @@ from orchestrator.programs.train import train
 from orchestrator.record import rundir
 from orchestrator.record.progress import evaluation_results, summary, training_results
 from orchestrator.record.report import Report, resume_command
-from orchestrator.recovery import recover
+from orchestrator.recovery import checkpoints, recover
 from orchestrator.recovery.policy import Failure, GiveUp, decide
 from orchestrator.slices import providers
 from orchestrator.slices.upkeep import NoSlicesError
@@ -66,13 +66,23 @@ def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, comma
     interrupt.closing = True
     goodput = report.close()
     trained = code is Exit.FINISHED and config.evaluate is None
-    command = resume_command(config, folder, f" train.steps={2 * config.train.steps}" if trained else "")
+    command = going_on(config, folder, f" train.steps={2 * config.train.steps}" if trained else "")
     extending = change.extending(config.optim, config.train.steps) if trained else None
     with contextlib.suppress(OSError):  # a full disk, or nobody who reads
         found = results(config, folder)
         print(summary(folder, HOW[code], found, goodput, report.first_step_s, command, extending), flush=True)
     lock.close()
     return code
+
+
+def going_on(config: Config, folder: Path, more: str) -> str:
+    """The line that goes on with the run, or why none does."""
+    try:
+        if config.evaluate is None:
+            checkpoints.resumable(folder)
+    except ConfigError as error:
+        return f"none: {error}"
+    return resume_command(config, folder, more)
 
 
 def results(config: Config, folder: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """A fork begins at its parent's step and leaves the parent as it is; a copied folder has no second owner."""
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +9,14 @@ import pytest
 
 from gemma.config import ConfigError
 from gemma.text import order as orders
-from launch import fork
+from launch import fork, status
+from orchestrator.config import with_id
+from orchestrator.page import history, page
 from orchestrator.record import rundir
 from orchestrator.recovery import checkpoints
+from orchestrator.run import going_on
 from tests.test_checkpoints import event, worked
+from tests.test_config import config_of
 from tests.test_rundir import fabricate
 
 
@@ -51,3 +56,24 @@ def test_a_step_or_run_that_is_not_there_is_refused_by_name(tmp_path: Path, text
     worked(tmp_path)
     with pytest.raises(ConfigError, match=re.escape(text.partition("@")[0])):
         fork.parent_of(text, str(tmp_path))
+
+
+def test_status_and_report_say_what_is_a_copy_and_what_a_fork_began_from(tmp_path: Path) -> None:
+    parent = worked(tmp_path)
+    copy = Path(shutil.copytree(parent, tmp_path / "copied"))
+    child = fabricate(tmp_path, "child")
+    rundir.write_manifest(child, replace(rundir.read_manifest(child), parent={"id": "some", "step": 20}))
+    assert "a copy of some" in status.line(copy)[1]
+    assert [status.line(folder)[1] for folder in (parent, child)] == ["died", "died"]
+    assert "begun from run some at step 20" in status.detail(child)
+    pages = {folder: page.page(history.read(folder, "died", 1e9)) for folder in (parent, copy, child)}
+    assert {folder for folder, text in pages.items() if "a copy of run" in text} == {copy}
+    assert "run some at step 20" in pages[child]
+
+
+def test_the_summary_offers_no_resume_that_would_be_refused(tmp_path: Path) -> None:
+    folder = worked(tmp_path)
+    config = with_id(config_of(), folder.name, str(tmp_path))
+    assert going_on(config, folder, "").startswith(f"python -m launch.resume run={folder.name}")
+    shutil.rmtree(folder / "checkpoints")
+    assert re.match(r"none: .*was committed and is gone", going_on(config, folder, ""))

@@ -53,6 +53,7 @@ class Controller:
 
 @dataclass(frozen=True)
 class History:
+    folder: str  # its name
     manifest: rundir.Manifest
     state: str
     rows: list[Row]  # as written: a step done again appears again
@@ -86,7 +87,9 @@ def read(folder: Path, state: str, now: float) -> History:
     losses = [Eval(whole(e.get("step")), number(e.get("loss")), number(e.get("bits_per_byte"))) for e in found]
     evals = {one.step: one for one in losses}
     controllers = lives(manifest, rows, events, incidents, now if state == "running" else None)
-    return History(manifest, state, rows, events, [evals[s] for s in sorted(evals)], controllers, incidents, goodput)
+    return History(
+        folder.name, manifest, state, rows, events, [evals[s] for s in sorted(evals)], controllers, incidents, goodput
+    )
 
 
 def checked(manifest: rundir.Manifest) -> rundir.Manifest:

@@ -131,7 +131,12 @@ def facts(history: History) -> dict[str, str]:
         "git commit": found.git_commit or "unknown",
         "versions": ", ".join(f"{name} {version}" for name, version in found.versions.items()),
     }
-    return listed | ({"parent run": found.parent} if found.parent else {})
+    copied = {"a copy of run": found.id} if found.id != history.folder else {}
+    return listed | copied | ({"begun from": parent(found.parent)} if found.parent else {})
+
+
+def parent(found: dict[str, Any]) -> str:
+    return f"run {found.get('id', '?')} at step {found.get('step', '?')}"
 
 
 def commands(history: History) -> list[tuple[float, str, str, str, str]]:
