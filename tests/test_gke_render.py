@@ -1,6 +1,7 @@
 """What KubeRay is asked for, held by a golden file: python -m tests.test_gke_render writes it anew."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from gemma.config import ConfigError
 from orchestrator.config import Config, crossed
 from orchestrator.slices import gke
+from orchestrator.slices.raycluster import raycluster
 from orchestrator.slices.topology import CHIPS_PER_HOST, TOPOLOGIES
 from orchestrator.slices.wanted import request_name
 from tests.runs import finish, launch
@@ -51,6 +53,14 @@ def test_the_hosts_of_a_slice_have_its_chips_as_the_web_hook_demands(name: str) 
     (group,) = found["spec"]["workerGroupSpecs"]
     topology = group["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
     assert group["numOfHosts"] * CHIPS_PER_HOST == math.prod(map(int, topology.split("x")))
+
+
+@pytest.mark.parametrize("image", ["a'b", 'a"b', "a: {b}", "a\n- b", "{{ a }}", "#", "<&>", "null", "é"])
+def test_no_value_becomes_structure(image: str) -> None:
+    config = of()
+    found = raycluster(config.cluster, replace(config.cluster.gke, image=image), "mine", "some")
+    for group in (found["spec"]["headGroupSpec"], *found["spec"]["workerGroupSpecs"]):
+        assert group["template"]["spec"]["containers"][0]["image"] == image
 
 
 def test_no_name_is_longer_than_kuberay_takes() -> None:

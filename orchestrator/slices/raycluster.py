@@ -1,4 +1,4 @@
-"""The RayCluster that a run asks KubeRay for: a head, and one worker group of TPU slices. Pure.
+"""The RayCluster that a run asks KubeRay for, from raycluster.yaml.j2, and what such an object says of itself.
 
 Sources: KubeRay's API (ray.io/v1, numOfHosts, status), its web hook for TPUs (TPU_WORKER_ID, TPU_NAME, one node pool a
 slice), and cloud.google.com/kubernetes-engine/docs/concepts/tpus (selectors, google.com/tpu).
@@ -7,7 +7,11 @@ slice), and cloud.google.com/kubernetes-engine/docs/concepts/tpus (selectors, go
 from collections.abc import Mapping
 from hashlib import sha256
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from orchestrator.slices.cluster import Cluster, Gke, check_complete
 from orchestrator.slices.topology import CHIPS_PER_HOST, slice_type
@@ -19,17 +23,6 @@ SPOT = "cloud.google.com/gke-spot"
 HOSTNAME, POOL = "kubernetes.io/hostname", "cloud.google.com/gke-nodepool"  # labels of nodes
 CLUSTER = "ray.io/cluster"  # KubeRay's label of a pod
 OBJECT_STORE_BYTES = 1 << 30  # what is large goes by other ways; Ray would take a third of the memory
-HEAD_ENV = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # A host that is gone is to be noticed within seconds.
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "500",
-}
-HEAD_START = {"num-cpus": "0", "dashboard-host": "0.0.0.0"}
-WORKER_START = {
-    "num-cpus": "1",  # a process stands by for each, and a host runs one
-    "metrics-export-port": "8090",  # KubeRay's 8080 is where slices speak to one another
-}
 
 
 def raycluster(cluster: Cluster, gke: Gke, owner: str, name: str) -> dict[str, Any]:
@@ -37,83 +30,18 @@ def raycluster(cluster: Cluster, gke: Gke, owner: str, name: str) -> dict[str, A
     where something is missing.
     """
     check_complete(gke)
-    kind = slice_type(cluster.slice, cluster.topology)
-    labels = {OURS: "1", OWNER: owner_label(owner)}
-    told = {OWNER: owner, SLICE: kind.name, TOPOLOGY: kind.topology, CAPACITY: cluster.capacity}
-    workers = {
-        "groupName": kind.name,
-        "replicas": cluster.num_slices,
-        "minReplicas": cluster.num_slices,
-        "maxReplicas": cluster.num_slices,
-        "numOfHosts": kind.hosts,
-        "rayStartParams": WORKER_START | {"object-store-memory": str(OBJECT_STORE_BYTES)},
-        "template": {"metadata": {"labels": labels}, "spec": worker(cluster.capacity, gke, kind.topology)},
-    }
-    return {
-        "apiVersion": "ray.io/v1",
-        "kind": "RayCluster",
-        "metadata": {"name": name, "namespace": gke.namespace, "labels": labels, "annotations": told},
-        "spec": {
-            "rayVersion": version("ray"),
-            "headGroupSpec": {
-                "rayStartParams": HEAD_START | {"object-store-memory": str(OBJECT_STORE_BYTES)},
-                "template": {"metadata": {"labels": labels}, "spec": head(gke)},
-            },
-            "workerGroupSpecs": [workers],
-        },
-    }
-
-
-def head(gke: Gke) -> dict[str, Any]:
-    """The pod of the Ray head: not on a machine that may be taken away, nor on a TPU host."""
-    others = [{"key": key, "operator": "DoesNotExist"} for key in (SPOT, "cloud.google.com/gke-tpu-accelerator")]
-    terms = {"nodeSelectorTerms": [{"matchExpressions": others}]}
-    container = {
-        "name": "ray-head",
-        "env": [{"name": key, "value": value} for key, value in HEAD_ENV.items()],
-        "resources": alike({"cpu": str(gke.head_cpus), "memory": f"{gke.head_memory_gib}Gi"}),
-    }
-    return pod(gke, container, []) | {
-        "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}}
-    }
-
-
-def worker(capacity: str, gke: Gke, topology: str) -> dict[str, Any]:
-    """The pod of a TPU host."""
-    selector = {
-        "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
-        "cloud.google.com/gke-tpu-topology": topology,
-    }
-    if capacity == "spot":
-        selector[SPOT] = "true"
-    if capacity == "reserved":
-        selector["cloud.google.com/reservation-name"] = str(gke.reservation)
-    resources = {"cpu": str(gke.cpus), "memory": f"{gke.memory_gib}Gi", "google.com/tpu": str(CHIPS_PER_HOST)}
-    memory = {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": f"{gke.shared_memory_gib}Gi"}}
-    found = pod(gke, {"name": "ray-worker", "resources": alike(resources)}, [(memory, "/dev/shm")])
-    found["nodeSelector"] = selector
-    if gke.host_network:
-        found |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
-    if capacity == "spot":
-        found["tolerations"] = [{"key": SPOT, "operator": "Equal", "value": "true", "effect": "NoSchedule"}]
-    return found
-
-
-def pod(gke: Gke, container: dict[str, Any], volumes: list[tuple[dict[str, Any], str]]) -> dict[str, Any]:
-    """volumes: each with its place in the container."""
-    claim = {"name": "shared", "persistentVolumeClaim": {"claimName": gke.claim}}
-    everything = [*volumes, (claim, gke.mount)]
-    mounts = [{"name": volume["name"], "mountPath": path} for volume, path in everything]
-    account = {"serviceAccountName": gke.service_account} if gke.service_account else {}
-    return account | {
-        "containers": [{"image": gke.image} | container | {"volumeMounts": mounts}],
-        "volumes": [volume for volume, _ in everything],
-    }
-
-
-def alike(resources: dict[str, str]) -> dict[str, dict[str, str]]:
-    """Asked for is what may be used: such pods are the last to be evicted."""
-    return {"limits": resources, "requests": resources}
+    return rendered(
+        "raycluster.yaml.j2",
+        cluster=cluster,
+        gke=gke,
+        owner=owner,
+        owner_label=owner_label(owner),
+        name=name,
+        slice=slice_type(cluster.slice, cluster.topology),
+        ray_version=version("ray"),
+        object_store_bytes=OBJECT_STORE_BYTES,
+        chips_per_host=CHIPS_PER_HOST,
+    )
 
 
 def sentry(found: Mapping[str, Any], node: str) -> dict[str, Any]:
@@ -122,30 +50,24 @@ def sentry(found: Mapping[str, Any], node: str) -> dict[str, Any]:
     To say so in their template would not do: the web hook gives pods of slices of several hosts another affinity. But
     the scheduler heeds that of pods which are there already, against those that come.
     """
-    metadata, group = found["metadata"], found["spec"]["workerGroupSpecs"][0]
-    owner = {"apiVersion": found["apiVersion"], "kind": found["kind"], "name": metadata["name"], "uid": metadata["uid"]}
-    hosts = {CLUSTER: metadata["name"], "ray.io/node-type": "worker"}
-    where = POOL if group["numOfHosts"] > 1 else HOSTNAME
-    term = {"labelSelector": {"matchLabels": hosts}, "topologyKey": where}
-    image = group["template"]["spec"]["containers"][0]["image"]  # it is on that node
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {
-            "name": f"{metadata['name']}-off-{sha256(node.encode()).hexdigest()[:8]}",
-            "labels": metadata["labels"],
-            "annotations": {"cluster-autoscaler.kubernetes.io/safe-to-evict": "true"},  # it goes with its node
-            "ownerReferences": [owner],  # and with the RayCluster
-        },
-        "spec": {
-            "nodeName": node,  # no scheduler is asked: the hosts are there still, which it would keep off
-            "tolerations": [{"operator": "Exists"}],
-            "affinity": {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}},
-            "automountServiceAccountToken": False,
-            "terminationGracePeriodSeconds": 1,
-            "containers": [{"name": "sentry", "image": image, "command": ["sleep", "infinity"]}],
-        },
-    }
+    group = found["spec"]["workerGroupSpecs"][0]
+    return rendered(
+        "sentry.yaml.j2",
+        found=found,
+        node=node,
+        name=f"{found['metadata']['name']}-off-{sha256(node.encode()).hexdigest()[:8]}",
+        topology_key=POOL if group["numOfHosts"] > 1 else HOSTNAME,
+        image=group["template"]["spec"]["containers"][0]["image"],  # it is on that node
+    )
+
+
+def rendered(template: str, **values: Any) -> dict[str, Any]:
+    """A template beside this file, as the object that it describes."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    found: dict[str, Any] = yaml.safe_load(environment.get_template(template).render(values))
+    return found
 
 
 def told(found: Mapping[str, Any], why: str, since: float, hopeless: bool = False) -> Request:
