@@ -1,7 +1,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-# Made anew when what it installs changes; the stamp is written last, so a broken install is not taken for whole.
+# Made again when what it installs changes; the stamp is written last, so a broken install is not taken for whole.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and "Python 3.11 or 3.12 is needed, this is %d.%d; try make PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv .venv

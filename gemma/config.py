@@ -240,7 +240,7 @@ class Checkpoint:
     every: int  # steps; 0 is off. The last step is always saved
     every_minutes: float  # 0 is off
     keep_last: int
-    keep_every: int  # besides, keep every step divisible by this; 0 is off
+    keep_every: int  # keep every step as well that is divisible by this; 0 is off
     snapshot: Literal["auto", "off"] | int  # to host memory: auto is as often as snapshot_cost allows; or each N steps
     snapshot_cost: float  # share of training time
     memory_idle_s: float  # without a controller, the memory is given up after so long

@@ -8,13 +8,13 @@ from typing import Any
 KEY = "sha256"
 
 
-def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+def seal(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values, and beside them their digest."""
     return {**values, KEY: digest(values)}
 
 
-def opened(values: Any) -> dict[str, Any]:
-    """What `sealed` was given. Raises ValueError where it is not that."""
+def unseal(values: Any) -> dict[str, Any]:
+    """What `seal` was given. Raises ValueError where it is not that."""
     if not isinstance(values, dict):
         raise ValueError("not a JSON object")
     inner = {key: value for key, value in values.items() if key != KEY}

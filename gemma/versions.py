@@ -1,4 +1,4 @@
-"""What a compiled program depends on besides its config: this package's source, and the compilers."""
+"""What a compiled program depends on beyond its config: this package's source, and the compilers."""
 
 import functools
 import hashlib

@@ -105,12 +105,12 @@ def judged(owner: str, root: str) -> tuple[Fate, str]:
     return ("kept", "was to keep them (cluster.keep=true)") if keep else ("dead", "is not driven any more")
 
 
-def looked(provider: Provider) -> Sequence[Request]:
+def listed(provider: Provider) -> Sequence[Request]:
     """Raises ConfigError where the provider does not tell."""
     deadline = time.monotonic() + upkeep.ANSWER_TIMEOUT_S
     while True:
         try:
-            return provider.look()
+            return provider.list_requests()
         except RefusedError as refused:
             if refused.kind != "trouble" or time.monotonic() > deadline:
                 raise ConfigError(f"cluster={provider.kind}: {refused}") from refused
@@ -120,7 +120,9 @@ def looked(provider: Provider) -> Sequence[Request]:
 def show(config: Config) -> int:
     price, now, root = config.cluster.price_per_chip_hour, time.time(), config.run.root
     table = Table("slice", "zone", "type", "capacity", "state", "owner", "age", "chip-hours", "cost", box=None)
-    for request in sorted(looked(providers.provider(config).opened(config, "")), key=lambda r: (r.owner, r.since)):
+    for request in sorted(
+        listed(providers.provider(config).open_provider(config, "")), key=lambda r: (r.owner, r.since)
+    ):
         hours = (now - request.since) / 3600
         chip_hours = hours * request.slices * slice_type(request.slice).chips
         waits = request.state is State.WAITING  # that costs nothing
@@ -146,10 +148,10 @@ def down(config: Config, run: str, orphans: bool, force: bool = False) -> int:
     if force and not run:
         raise ConfigError("force=true: goes with run=ID")
     if orphans:
-        return down_orphans(config, providers.provider(config).opened(config, ""))
+        return down_orphans(config, providers.provider(config).open_provider(config, ""))
     if not run:
-        return give_back(
-            config, providers.provider(config).opened(config, ""), "cluster.name", str(config.cluster.name)
+        return delete_all(
+            config, providers.provider(config).open_provider(config, ""), "cluster.name", str(config.cluster.name)
         )
     if run == "latest":
         run = rundir.find(config.run.root, run).name
@@ -158,12 +160,12 @@ def down(config: Config, run: str, orphans: bool, force: bool = False) -> int:
         raise ConfigError(f"run={run}: {why}")
     if fate == "unasked" and not force:
         raise ConfigError(f"run={run}: may be driven: it {why}; force=true gives back all the same")
-    return give_back(config, providers.provider(config).opened(config, ""), "run", run)
+    return delete_all(config, providers.provider(config).open_provider(config, ""), "run", run)
 
 
 def down_orphans(config: Config, provider: Provider) -> int:
     """Gives back what runs here that are dead have left, and says of all others why not."""
-    found = {owner: judged(owner, config.run.root) for owner in sorted({r.owner for r in looked(provider)})}
+    found = {owner: judged(owner, config.run.root) for owner in sorted({r.owner for r in listed(provider)})}
     for owner, (fate, why) in found.items():
         how = {"kept": f"; run={owner} gives back", "unknown": f"; run={owner} gives back"}
         if fate != "dead":
@@ -171,17 +173,17 @@ def down_orphans(config: Config, provider: Provider) -> int:
     dead = [owner for owner, (fate, _) in found.items() if fate == "dead"]
     if not dead:
         print(f"nothing is left of dead runs in run.root={config.run.root}")
-    return max((give_back(config, provider, "run", owner) for owner in dead), default=Exit.FINISHED)
+    return max((delete_all(config, provider, "run", owner) for owner in dead), default=Exit.FINISHED)
 
 
-def give_back(config: Config, provider: Provider, key: str, owner: str) -> int:
+def delete_all(config: Config, provider: Provider, key: str, owner: str) -> int:
     assert config.cluster.cloud is not None
     looks: list[Sequence[Request] | None] = []  # None: the provider did not tell
 
-    def look() -> Sequence[Request]:
+    def list_requests() -> Sequence[Request]:
         looks.append(None)
         try:
-            seen = provider.look()
+            seen = provider.list_requests()
         except RefusedError as refused:
             if refused.kind == "forbidden":
                 raise ConfigError(f"cluster={provider.kind}: {refused}") from refused
@@ -189,7 +191,8 @@ def give_back(config: Config, provider: Provider, key: str, owner: str) -> int:
         looks[-1] = seen
         return seen
 
-    left = upkeep.clear(replace(provider, look=look), owner, config.cluster.cloud.poll_s, tell, patient=True)
+    watched, poll_s = replace(provider, list_requests=list_requests), config.cluster.cloud.poll_s
+    left = upkeep.clear(watched, owner, poll_s, tell, patient=True)
     owners = {request.owner for seen in looks for request in seen or ()}
     if left or not looks or looks[-1] is None:
         print(f"{key}={owner}: something is left" if left else f"{key}={owner}: it is not known what is left")
@@ -205,7 +208,7 @@ def give_back(config: Config, provider: Provider, key: str, owner: str) -> int:
 def up(config: Config, owner: str) -> int:
     kept = providers.provider(config).upkeep(config, owner)
     deadline = time.monotonic() + config.timeout.reserve_s
-    with upkeep.kept(kept, keep=True, tell=tell) as lease:
+    with upkeep.managed(kept, keep=True, tell=tell) as lease:
         while time.monotonic() < deadline:
             try:
                 lease.repair()

@@ -42,7 +42,7 @@ def tell(name: str, error: Exception) -> None:
 
 def main(name: str, work: Callable[[], int]) -> None:
     """Runs a command's work and exits: its code, or 1 with one line for a mistake of the user's."""
-    # Hydra prints its errors over many lines; asked for all, it raises them, and they are told here in one.
+    # Hydra prints its errors over many lines; asked for all, it raises them, and they are printed here in one.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     bypass_proxy()
     try:

@@ -40,7 +40,7 @@ def dashboard(own: Mapping[str, str]) -> str | None:
     return noted.dashboard if noted else None
 
 
-def whose(head: "Head", own: Mapping[str, str]) -> tuple[str, str]:
+def run_and_root(head: "Head", own: Mapping[str, str]) -> tuple[str, str]:
     """A run's id, and the folder it lies in on the cluster. Raises ConfigError."""
     from orchestrator import jobs
 
@@ -111,7 +111,7 @@ def refusal(head: "Head", id: str, mark: str) -> str:
     if not in_time:
         print(f"job {id} has not begun after {BEGIN_S:.0f} s, and goes on; launch.logs tells")
         return ""
-    why = [f"detach=true: its job {jobs.look(head, id)[0]} and said nothing", *said.strip().splitlines()][-1]
+    why = [f"detach=true: its job {jobs.state_of(head, id)[0]} and said nothing", *said.strip().splitlines()][-1]
     with contextlib.suppress(ConfigError):
         jobs.forget(head, id)
     return why
@@ -137,13 +137,13 @@ def forget(folder: Path, before: Detached | None) -> None:
         folder.parent.rmdir()
 
 
-def ask(own: Mapping[str, str], at: str, command: str, arguments: Sequence[str], timeout_s: float) -> int:
+def run_command(own: Mapping[str, str], at: str, command: str, arguments: Sequence[str], timeout_s: float) -> int:
     """Runs a command where the run lies, and shows what it says; its exit code."""
     from orchestrator import jobs
 
     head = jobs.connect(at)
-    run, root = whose(head, own)
-    code, text = jobs.ask(head, run, root, command, arguments, timeout_s)
+    run, root = run_and_root(head, own)
+    code, text = jobs.run_command(head, run, root, command, arguments, timeout_s)
     if code == Exit.MISTAKE:
         raise ConfigError(["its job said nothing", *text.strip().splitlines()][-1].removeprefix(f"{command}: "))
     print(text.rstrip())

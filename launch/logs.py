@@ -100,7 +100,7 @@ def show_there(own: Mapping[str, str], at: str, follow: bool, lines: int) -> int
     if own["host"]:
         if follow:
             raise ConfigError("follow=true: of a detached run it goes with what the controller prints, not with host")
-        return detached.ask(own, at, "logs", [f"host={own['host']}", f"lines={lines}"], ANSWER_S)
+        return detached.run_command(own, at, "logs", [f"host={own['host']}", f"lines={lines}"], ANSWER_S)
     head = jobs.connect(at)
     found = jobs.find(head, own["run"])
     if follow:

@@ -71,7 +71,7 @@ def plans(overrides: list[str], tell: ahead.Tell) -> list[plan.Plan]:
         return search.smallest(config, overridden, plain, tell)
     if config.plan.search:
         return search.best(config, overridden, plain, tell)
-    answer = ahead.ask(config, tell)
+    answer = ahead.facts_of(config, tell)
     return [plan.make(config, answer.facts, plain, answer.cached)]
 
 

@@ -106,7 +106,7 @@ def resume_there(own: dict[str, str], overrides: list[str]) -> int:
         own |= {"run": run, "run.root": str(folder.parent)}
     if at is None:
         raise ConfigError(f"run={run}: detach=true needs cluster.dashboard=HOST:PORT, or cluster.address=HOST:PORT")
-    run, root = detached.whose(jobs.connect(at), own)
+    run, root = detached.run_and_root(jobs.connect(at), own)
     return detached.begin(at, run, root, "resume", [f"run={run}", *overrides])
 
 

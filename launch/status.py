@@ -93,7 +93,7 @@ def show_there(own: dict[str, str], at: str) -> int:
     from orchestrator import jobs
 
     if own["run"]:
-        return detached.ask(own, at, "status", [], ANSWER_S)
+        return detached.run_command(own, at, "status", [], ANSWER_S)
     found = jobs.jobs(jobs.connect(at))
     clocks = [time.strftime("%Y-%m-%d %H:%M", time.localtime(job.began)) for job in found]
     rows = [[job.run, job.state, clock, job.root] for job, clock in zip(found, clocks, strict=True)]

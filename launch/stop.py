@@ -85,7 +85,7 @@ def stop_there(own: Mapping[str, str], at: str, wait_s: float) -> int:
     if found.ended:
         print(f"run {found.run}: is not running ({found.state})")
         return Exit.FINISHED
-    code, text = jobs.ask(head, found.run, found.root, "stop", [f"wait_s={wait_s:g}"], wait_s + ANSWER_S)
+    code, text = jobs.run_command(head, found.run, found.root, "stop", [f"wait_s={wait_s:g}"], wait_s + ANSWER_S)
     if code in (Exit.FINISHED, Exit.GAVE_UP):
         print(text.rstrip())
         if code == Exit.GAVE_UP or jobs.wait(head, found.id, ENDS_S):

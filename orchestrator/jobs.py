@@ -38,7 +38,7 @@ STOP_S = 3600  # for what `ray job stop` ends, before it kills it: a controller 
 RUN, ROOT, COMMAND = "gemma-run", "gemma-root", "gemma-command"  # metadata of a job
 DRIVES = ("train", "resume")
 MARKET_LABEL = "ray.io/market-type"
-# These would lead Ray's client elsewhere than it is told to.
+# These would lead Ray's client to another cluster.
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 # Ray would give the hosts what the job itself needs: a run brings its code to them in a way of its own.
 UNSET = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -68,8 +68,8 @@ class Job:
 
 
 @contextmanager
-def told(at: str) -> Iterator[None]:
-    """What goes wrong with a dashboard is told as the user's mistake, in one line."""
+def user_errors(at: str) -> Iterator[None]:
+    """Trouble with a dashboard is the user's mistake, in one line."""
     try:
         yield
     except ConfigError:
@@ -94,7 +94,7 @@ def connect(at: str) -> Head:
         logging.getLogger(f"ray.dashboard.modules.{chatty}").setLevel(logging.ERROR)
     hidden = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
     try:
-        with told(at):
+        with user_errors(at):
             client = JobSubmissionClient(f"http://{at}")
             heads = list_nodes(f"http://{at}", filters=[("is_head_node", "=", True)], timeout=int(CALL_TIMEOUT_S))
     finally:
@@ -124,7 +124,7 @@ def submit(head: Head, run: str, root: str, command: str, arguments: Sequence[st
     """Sends the code of this process and lets a command of it run on the head; the job's id. Raises ConfigError."""
     # No shell stays in between: a signal to the job is one to the command.
     entrypoint = f"exec env -u {UNSET} python -m launch.{command} {shlex.join(arguments)}"
-    with tempfile.TemporaryDirectory() as folder, told(head.at):
+    with tempfile.TemporaryDirectory() as folder, user_errors(head.at):
         code = source.pack(Path(folder))
         return str(
             head.client.submit_job(
@@ -139,7 +139,7 @@ def submit(head: Head, run: str, root: str, command: str, arguments: Sequence[st
 
 def jobs(head: Head) -> list[Job]:
     """Of runs, oldest first; of each run the newest, but for one that ended beside one that is at work."""
-    with told(head.at):
+    with user_errors(head.at):
         found = head.client.list_jobs()
     newest: dict[str, Job] = {}
     for details in sorted(found, key=lambda one: one.start_time or 0):
@@ -178,16 +178,16 @@ def find(head: Head, run: str) -> Job:
     raise ConfigError(f"run={run}: no such run is known to the Ray cluster at {head.at}; the newest are {there}")
 
 
-def look(head: Head, id: str) -> tuple[str, bool]:
+def state_of(head: Head, id: str) -> tuple[str, bool]:
     """A job's state, and whether it has ended."""
-    with told(head.at):
+    with user_errors(head.at):
         found = job(head.client.get_job_info(id), "", "")
     return found.state, found.ended
 
 
 def output(head: Head, id: str) -> str:
     """What a job printed, without what Ray says before it."""
-    with told(head.at):
+    with user_errors(head.at):
         whole = str(head.client.get_job_logs(id))
     return printed(whole, id)
 
@@ -204,7 +204,7 @@ def wait(head: Head, id: str, timeout_s: float, said: str = "") -> bool:
     deadline = answered + timeout_s
     while True:
         try:
-            if look(head, id)[1] or (said and said in output(head, id)):
+            if state_of(head, id)[1] or (said and said in output(head, id)):
                 return True
             answered = time.monotonic()
         except ConfigError:
@@ -217,17 +217,17 @@ def wait(head: Head, id: str, timeout_s: float, said: str = "") -> bool:
 
 def forget(head: Head, id: str) -> None:
     """A job that has ended."""
-    with told(head.at):
+    with user_errors(head.at):
         head.client.delete_job(id)
 
 
 def stop(head: Head, id: str) -> None:
     """Ray's own way: it asks all processes of a job to end, and kills them after STOP_S. Returns at once."""
-    with told(head.at):
+    with user_errors(head.at):
         head.client.stop_job(id)
 
 
-def ask(
+def run_command(
     head: Head, run: str, root: str, command: str, arguments: Sequence[str], timeout_s: float
 ) -> tuple[int | None, str]:
     """A command about a run, where the run lies: its exit code and what it printed. None: it did not end in time."""
@@ -237,7 +237,7 @@ def ask(
     if not in_time:
         stop(head, id)
         return None, text
-    with told(head.at):
+    with user_errors(head.at):
         code = head.client.get_job_info(id).driver_exit_code
     forget(head, id)
     return (Exit.GAVE_UP if code is None else code), text
@@ -250,5 +250,5 @@ def follow(head: Head, id: str, show: Callable[[str], None]) -> None:
         async for part in head.client.tail_job_logs(id):
             show(part)
 
-    with told(head.at):
+    with user_errors(head.at):
         asyncio.run(tail())

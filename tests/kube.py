@@ -115,7 +115,7 @@ def make_pods(kube: Kube, name: str, one: Made, used: int) -> None:
                 one.slices[index] = make_workers(kube, name, one, index, pool)
                 kube.say(f"{name} slice {index} has its nodes")
         elif index in one.taken_at and time.monotonic() >= one.taken_at[index]:
-            pods.end(kube.place, one.slices.pop(index))  # and made anew, all its hosts
+            pods.end(kube.place, one.slices.pop(index))  # and made again, all its hosts
             del one.taken_at[index]
             one.at = time.monotonic()
             kube.say(f"{name} slice {index} was taken away")

@@ -10,7 +10,7 @@ free: there are nodes for so many slices, the pods of others wait. quota: there 
 RayClusters. denied: one of create, list, delete, deletecollection is forbidden. missing: their image, or the
 operator. trouble: this share of calls fails with 500s or is not answered, half of them after they were obeyed.
 preempt_s: the first slice of the first RayCluster is taken away so long after it was there, notice_s after its hosts
-were told; KubeRay makes it anew. dashboard: the Ray heads have one.
+were told; KubeRay makes it again. dashboard: the Ray heads have one.
 """
 
 import json

@@ -1,7 +1,7 @@
 """python -m tests.make_hf_goldens: writes tests/hf_goldens.npz and tests/chat_goldens.json by torch and transformers.
 
 The logits and gradients of Hugging Face's own Gemma2ForCausalLM (float32, eager attention), made with torch 2.13.0 and
-transformers 5.23.0; to be made anew only when the cases change.
+transformers 5.23.0; to be made again only when the cases change.
 """
 
 import json

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gemma.config import ConfigError
-from gemma.digest import sealed
+from gemma.digest import seal
 from gemma.text import order as orders
 from launch import logs, report, resume, status
 from orchestrator import config as configs
@@ -131,7 +131,7 @@ def test_a_damaged_file_is_named_once(tmp_path: Path, capfd: pytest.CaptureFixtu
         b"created=[]",
         b"attempts=5",
         b"config=3",
-        b"config=" + json.dumps(sealed({"train": {"steps": "x"}, "run": {}, "model": {}, "cluster": {}})).encode(),
+        b"config=" + json.dumps(seal({"train": {"steps": "x"}, "run": {}, "model": {}, "cluster": {}})).encode(),
         b'config={"train": {"steps": 5}, "run": {}, "model": {}, "cluster": {}}',  # without its digest
     ],
 )

@@ -50,7 +50,7 @@ def wait(check: Callable[[], None], until: Callable[[], bool]) -> None:
 def keeping(config: Config, keep: bool = False, told: list[str] | None = None) -> Iterator[tuple[Upkeep, Any]]:
     kept = cloud.upkeep(config, "mine")
     say = lambda what, news: told.append(f"{what}: {news}") if told is not None else None  # noqa: E731
-    with upkeep.kept(kept, keep, say) as given:
+    with upkeep.managed(kept, keep, say) as given:
         yield kept, given.repair
 
 
@@ -157,7 +157,7 @@ def test_a_slice_whose_hosts_do_not_join_is_given_back_for_another() -> None:
     with serving() as emulated:
         kept = cloud.upkeep(config(emulated, "cluster.gcp.rejoin_s=0.3"), "mine", joined=set)
         told: list[str] = []
-        with upkeep.kept(kept, False, lambda what, news: told.append(news)) as given:
+        with upkeep.managed(kept, False, lambda what, news: told.append(news)) as given:
             wait(given.repair, lambda: sum("its hosts are not in the Ray cluster" in line for line in told) >= 2)
             assert len(emulated.given) <= 1
 
@@ -177,13 +177,15 @@ def test_a_slice_with_a_bad_host_is_given_back_for_another_and_only_it() -> None
 def test_nobody_elses_is_touched() -> None:
     with serving() as emulated:
         other = cloud.upkeep(config(emulated), "other")
-        with upkeep.kept(other, True, lambda *_: None) as given:
+        with upkeep.managed(other, True, lambda *_: None) as given:
             wait(given.repair, ready(other))
         (theirs,) = emulated.given
         with keeping(config(emulated)) as (kept, check):
             wait(check, ready(kept))
         assert list(emulated.given) == [theirs]
-        assert upkeep.clear(cloud.opened(config(emulated), ""), "mine", 0.01, lambda *_: None, patient=True) == []
+        assert (
+            upkeep.clear(cloud.open_provider(config(emulated), ""), "mine", 0.01, lambda *_: None, patient=True) == []
+        )
         assert list(emulated.given) == [theirs]
 
 
@@ -194,5 +196,5 @@ def test_a_request_that_lapses_is_seen_as_lost_with_its_reason() -> None:
         with keeping(config(emulated), told=told) as (kept, check):
             wait(check, ready(kept))
         assert any("lost in us-east5-a: failed: There is no more capacity" in line for line in told)
-        assert gcp.look(api, ZONES) == []
+        assert gcp.list_requests(api, ZONES) == []
         assert States.ACTIVE

@@ -15,7 +15,7 @@ from orchestrator.record import rundir
 from orchestrator.record.rundir import Detached
 from orchestrator.slices import cloud
 from orchestrator.slices.upkeep import Provider, RefusedError
-from orchestrator.slices.wanted import Ask, State
+from orchestrator.slices.wanted import Create, State
 from tests import cloud_tpu
 from tests.cloud import Cloud, Settings
 from tests.test_config import config_of
@@ -39,7 +39,7 @@ def config(emulated: Cloud, *overrides: str) -> Config:
 
 def provide(emulated: Cloud, *owners: str, zone: str = ZONES[0]) -> None:
     for owner in owners:
-        cloud.opened(config(emulated), owner).ask(Ask(f"of-{owner}", zone))
+        cloud.open_provider(config(emulated), owner).create(Create(f"of-{owner}", zone))
 
 
 def owners(emulated: Cloud) -> list[str]:
@@ -136,7 +136,7 @@ def test_a_request_that_waits_is_listed_without_cost(emulated: Cloud, capsys: py
     fabricate(Path("elsewhere"), "queued", "cluster=gcp", "cluster.keep=true")
     priced = config(emulated, "cluster.price_per_chip_hour=4.2")
     deadline = time.monotonic() + 20.0
-    while State.READY not in {r.state for r in cloud.opened(priced, "").look()}:
+    while State.READY not in {r.state for r in cloud.open_provider(priced, "").list_requests()}:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     cluster.show(priced)
@@ -150,13 +150,13 @@ def test_a_provider_that_never_tells_is_not_taken_for_nothing_left(
     emulated: Cloud, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(kind: str) -> Provider:
-        def look() -> list[object]:
+        def list_requests() -> list[object]:
             raise RefusedError(kind, "no")  # type: ignore[arg-type]
 
-        return Provider(look, None, None, None)  # type: ignore[arg-type]
+        return Provider(list_requests, None, None, None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(cluster.upkeep, "CLEAR_TIMEOUT_S", 0.1)
-    assert cluster.give_back(config(emulated), refuse("trouble"), "run", "some") == 2
+    assert cluster.delete_all(config(emulated), refuse("trouble"), "run", "some") == 2
     assert "nothing is left" not in capsys.readouterr().out
     with pytest.raises(ConfigError, match="^cluster=gcp: no$"):
-        cluster.give_back(config(emulated), refuse("forbidden"), "run", "some")
+        cluster.delete_all(config(emulated), refuse("forbidden"), "run", "some")

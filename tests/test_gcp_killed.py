@@ -54,7 +54,7 @@ def test_at_twenty_points_nothing_is_left_and_nobody_elses_is_touched(tmp_path: 
     with cloud_tpu.serve(settings) as emulated:
         overrides = ["cluster=gcp", f"cluster.gcp.endpoint={emulated.endpoint}", "cluster.gcp.poll_s=0.02"]
         other = cloud.upkeep(config_of(*overrides, "run.id=other"), "other")
-        with upkeep.kept(other, True, lambda *_: None):
+        with upkeep.managed(other, True, lambda *_: None):
             while State.READY not in other.states.values():
                 time.sleep(0.01)
         (theirs,) = emulated.given

@@ -49,7 +49,7 @@ def keeping(
 ) -> Iterator[tuple[Upkeep, Any]]:
     kept = gke.upkeep(config, owner)
     say = lambda what, news: told.append(f"{what}: {news}") if told is not None else None  # noqa: E731
-    with upkeep.kept(kept, keep, say) as given:
+    with upkeep.managed(kept, keep, say) as given:
         yield kept, given.repair
 
 
@@ -59,7 +59,7 @@ def test_slices_are_asked_for_as_one_and_given_back_at_the_end() -> None:
             wait(check, ready(kept))
             (one,) = emulated.made.values()
             assert len(one.slices) == 2
-            (request,) = gke.opened(config(emulated), "").look()
+            (request,) = gke.open_provider(config(emulated), "").list_requests()
             assert (request.owner, request.slice, request.slices) == ("mine", "v5p-16", 2)
         assert emulated.made == {}
 
@@ -132,7 +132,7 @@ def test_nobody_elses_is_touched_and_what_is_kept_is_taken_up_again() -> None:
         with keeping(config(emulated)) as (kept, check):
             wait(check, ready(kept))
         assert list(emulated.made) == [theirs]
-        assert upkeep.clear(gke.opened(config(emulated), ""), "mine", 0.01, lambda *_: None, patient=True) == []
+        assert upkeep.clear(gke.open_provider(config(emulated), ""), "mine", 0.01, lambda *_: None, patient=True) == []
         assert list(emulated.made) == [theirs]
         with keeping(config(emulated), owner="other") as (kept, check):
             wait(check, ready(kept))
@@ -154,8 +154,8 @@ def test_pages_are_read_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.slices.kube.PAGE", 2)
     with serving() as emulated:
         for owner in "abcde":
-            gke.opened(config(emulated), owner).ask(gke.Ask(f"gemma-{owner}", "default"))
-        assert sorted(one.owner for one in gke.opened(config(emulated), "").look()) == list("abcde")
+            gke.open_provider(config(emulated), owner).create(gke.Create(f"gemma-{owner}", "default"))
+        assert sorted(one.owner for one in gke.open_provider(config(emulated), "").list_requests()) == list("abcde")
 
 
 FILE = """

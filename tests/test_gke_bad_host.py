@@ -37,7 +37,7 @@ def names(pods: list[Pod]) -> list[str]:
     return [pod.name for pod in pods]
 
 
-def anew(one: Made, before: list[Pod]) -> Callable[[], bool]:
+def again(one: Made, before: list[Pod]) -> Callable[[], bool]:
     """Whether the second slice has been made again."""
     return lambda: bool(there := one.slices.get(1, [])) and not {*names(there)} & {*names(before)}
 
@@ -50,7 +50,7 @@ def test_the_slice_of_a_bad_host_is_made_anew_on_other_nodes_and_only_it(trouble
         for _ in range(2):  # as often as the run waits for hosts
             upkeep.discard(kept, spot(before[1]), WHY)
         wait(check, lambda: any(line.endswith(WHY) for line in told))
-        wait(check, anew(one, before))
+        wait(check, again(one, before))
         after = names(one.slices[1])
         assert [pod["spec"]["nodeName"] for pod in one.sentries] == [before[1].node]
         assert not {pod.node for pod in one.slices[1]} & {pod.node for pod in before}
@@ -60,7 +60,7 @@ def test_the_slice_of_a_bad_host_is_made_anew_on_other_nodes_and_only_it(trouble
         wait(check, lambda: len(emulated.calls) > looks + 20)
         assert names(one.slices[1]) == after
     (line,) = (line for line in told if line.endswith(WHY))
-    done = f"its slice is made anew, and keeps off {before[1].node}", "is gone by now"  # the answer was lost
+    done = f"its slice is made again, and keeps off {before[1].node}", "is gone by now"  # the answer was lost
     assert line in [f"host {before[1].ip}: {one}: {WHY}" for one in done[: 2 if trouble else 1]]
 
 
@@ -78,7 +78,7 @@ def test_what_is_not_permitted_is_told_once_and_done_once_it_is(denied: str, kin
         assert sum("cannot be replaced now" in line for line in told) == 1
         assert names(one.slices[1]) == names(before)
         emulated.settings = replace(emulated.settings, denied="")
-        wait(check, anew(one, before))
+        wait(check, again(one, before))
         wait(check, lambda: any(f"keeps off {before[0].node}" in line for line in told))
 
 
@@ -86,7 +86,7 @@ def test_a_host_that_left_the_ray_cluster_is_not_looked_for_by_its_address() -> 
     told: list[str] = []
     with serving() as emulated:
         kept = gke.upkeep(config(emulated), "mine", alive=lambda node_id: node_id != "gone")
-        with upkeep.kept(kept, False, lambda what, news: told.append(news)) as given:
+        with upkeep.managed(kept, False, lambda what, news: told.append(news)) as given:
             wait(given.repair, ready(kept))
             (one,) = emulated.made.values()
             before = names(one.slices[0])

@@ -41,7 +41,7 @@ def kill_at(points: list[tuple[str, int, str]], root: Path) -> int:
         with COMPOSING:
             config = config_of(*overrides, "run.id=other")
         other = gke.upkeep(config, "other")
-        with upkeep.kept(other, True, lambda *_: None):
+        with upkeep.managed(other, True, lambda *_: None):
             while State.READY not in other.states.values():
                 time.sleep(0.01)
         (theirs,) = emulated.made
@@ -62,7 +62,7 @@ def kill_at(points: list[tuple[str, int, str]], root: Path) -> int:
                 out = finish(launch("cluster", "down", *overrides, f"run.root={root}", f"run={run}"), 0)
                 assert "nothing is left" in out
             else:  # what that does, without its start
-                assert upkeep.clear(gke.opened(config, ""), run, 0.02, lambda *_: None, patient=True) == []
+                assert upkeep.clear(gke.open_provider(config, ""), run, 0.02, lambda *_: None, patient=True) == []
             assert owners(emulated) == ["other"], run
             assert list(emulated.made) == [theirs]
     return left

@@ -1,4 +1,4 @@
-"""What KubeRay is asked for, held by a golden file: python -m tests.test_gke_render writes it anew."""
+"""What KubeRay is asked for, held by a golden file: python -m tests.test_gke_render writes it again."""
 
 import math
 from dataclasses import replace

@@ -68,7 +68,7 @@ def test_a_signal_before_the_first_step_leaves_with_3_and_a_run_that_resumes(
     out = finish(process, 3)
     assert f"python -m launch.resume run={folder.name}" in out
     assert rundir.runs(str(root))[-1] == folder
-    time.sleep(1.0)  # a process that escaped makes its directories anew
+    time.sleep(1.0)  # a process that escaped makes its directories again
     assert orphaned_folders() <= before
 
 

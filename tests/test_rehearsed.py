@@ -11,7 +11,7 @@ from orchestrator.slices.simulated import rehearsed, simulated
 from orchestrator.slices.simulated.rehearsed import Cloud
 from orchestrator.slices.topology import slice_type
 from orchestrator.slices.upkeep import RefusedError
-from orchestrator.slices.wanted import Ask, State
+from orchestrator.slices.wanted import Create, State
 from tests.runs import RUN, STEPS, assert_same_run, finish, launch, orphaned_folders
 
 BEGAN = 1000.0
@@ -49,17 +49,17 @@ def cloud(**settings: Any) -> Cloud:
 
 
 def states(made: Cloud) -> dict[str, State]:
-    return {request.name: request.state for request in rehearsed.look(made)}
+    return {request.name: request.state for request in rehearsed.list_requests(made)}
 
 
 def test_a_slice_is_refused_waited_for_there_told_and_lost(clock: list[float], done: list[tuple[str, Any]]) -> None:
     made = cloud(stock_out_s=5.0, provision_s=3.0, preempt_s=10.0)
     clock[0] += 4.9
     with pytest.raises(RefusedError, match="no v5p-16") as refused:
-        rehearsed.ask(made, Ask("a", "here"))
+        rehearsed.create(made, Create("a", "here"))
     assert refused.value.kind == "stock-out"
     clock[0] += 0.1
-    rehearsed.ask(made, Ask("a", "here"))
+    rehearsed.create(made, Create("a", "here"))
     clock[0] += 2.9
     assert (states(made), done) == ({"a": State.WAITING}, [])
     clock[0] += 0.1
@@ -73,10 +73,10 @@ def test_a_slice_is_refused_waited_for_there_told_and_lost(clock: list[float], d
 
 def test_only_the_first_slice_is_taken_and_only_once(clock: list[float], done: list[tuple[str, Any]]) -> None:
     made = cloud(preempt_s=10.0)
-    rehearsed.ask(made, Ask("a", "here"))
+    rehearsed.create(made, Create("a", "here"))
     states(made)
     clock[0] += 1.0
-    rehearsed.ask(made, Ask("b", "here"))
+    rehearsed.create(made, Create("b", "here"))
     states(made)
     for _ in range(40):
         clock[0] += 1.0
@@ -88,13 +88,13 @@ def test_only_the_first_slice_is_taken_and_only_once(clock: list[float], done: l
 def test_hosts_of_two_slices_never_share_a_place(clock: list[float], done: list[tuple[str, Any]]) -> None:
     made = cloud()
     for name in ("a", "b"):
-        rehearsed.ask(made, Ask(name, "here"))
-    first, second = rehearsed.look(made)
-    rehearsed.give_back(made, first)
-    rehearsed.ask(made, Ask("c", "here"))
+        rehearsed.create(made, Create(name, "here"))
+    first, second = rehearsed.list_requests(made)
+    rehearsed.delete(made, first)
+    rehearsed.create(made, Create("c", "here"))
     places = [index for one in made.made.values() for index in one.hosts]
     assert sorted(places) == [0, 1, 2, 3]
-    assert {request.name for request in rehearsed.look(made)} == {"b", "c"}
+    assert {request.name for request in rehearsed.list_requests(made)} == {"b", "c"}
 
 
 def test_a_run_lives_through_stock_out_provisioning_and_preemption(tmp_path: Path, undisturbed: Path) -> None:

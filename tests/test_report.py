@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gemma.digest import opened, sealed
+from gemma.digest import seal, unseal
 from orchestrator.page.history import read
 from orchestrator.page.page import FOLDER, digest, page
 from orchestrator.record import rundir
@@ -161,7 +161,7 @@ def damaged(folder: Path) -> Path:
     spent = {"step": 3.0} | {str(index): value for index, value in enumerate(odd)}
     told(folder, rows, events, wall_s=[1], goodput="x", restarts=odd, buckets=spent, incidents=incidents)
     found = json.loads((folder / "manifest.json").read_text())  # mistyped itself, it is refused: test_damaged_files
-    found["config"] = sealed(opened(found["config"]) | {"data": None, "optim": [1], "mesh": 3})
+    found["config"] = seal(unseal(found["config"]) | {"data": None, "optim": [1], "mesh": 3})
     found |= {"mesh": {"a": [1]}, "created": 1e308, "parent": {"a": 1}}
     (folder / "manifest.json").write_text(json.dumps(found))
     return folder
@@ -258,9 +258,9 @@ def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
     found = json.loads(path.read_text())
     found["attempts"][0] |= {"command": HOSTILE, "overrides": [HOSTILE]}
     found |= {"id": HOSTILE, "git_commit": HOSTILE, "versions": {HOSTILE: HOSTILE}, "mesh": {HOSTILE: HOSTILE}}
-    config = opened(found["config"])
+    config = unseal(found["config"])
     config["model"]["name"] = config["cluster"]["slice"] = HOSTILE
-    found["config"] = sealed(config)
+    found["config"] = seal(config)
     path.write_text(json.dumps(found))
     goodput = json.loads((folder / "goodput.json").read_text())
     texts = dict.fromkeys(("outcome", "rank", "evidence", "decision", "source", "steps_lost"), HOSTILE)

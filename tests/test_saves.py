@@ -46,7 +46,7 @@ def told(report: Report) -> list[tuple[str, int]]:
 def test_a_failed_save_goes_back_to_what_is_on_disk_and_waits(report: Report) -> None:
     commit(report, 10)
     found = Saves(30, uncommitted={20: time.monotonic()})
-    saves.heard(found, report, [None, Failed(20, "full"), Failed(20, "full")], [])
+    saves.note_failures(found, report, [None, Failed(20, "full"), Failed(20, "full")], [])
     assert (found.newest, found.failures, found.uncommitted) == (10, 1, {})
     assert 0 < found.again_at - time.monotonic() <= backoff_s(1)
     assert told(report) == [("save_failed", 20)]
@@ -54,7 +54,7 @@ def test_a_failed_save_goes_back_to_what_is_on_disk_and_waits(report: Report) ->
 
 def test_a_failure_does_not_forget_a_save_that_is_on_its_way(report: Report) -> None:
     found = Saves(30, uncommitted={20: time.monotonic()})
-    saves.heard(found, report, [Failed(20, "full")], [30])
+    saves.note_failures(found, report, [Failed(20, "full")], [30])
     assert found.newest == 30
 
 
@@ -62,8 +62,8 @@ def test_a_failure_does_not_forget_a_save_that_is_on_its_way(report: Report) -> 
 def test_a_save_that_is_on_disk_or_was_told_has_not_failed(report: Report, failed: Failed) -> None:
     commit(report, 20)
     found = Saves(20, uncommitted={20: time.monotonic()})
-    saves.heard(found, report, [failed], [])
-    saves.look(found, report, [], 60.0)
+    saves.note_failures(found, report, [failed], [])
+    saves.announce_commits(found, report, [], 60.0)
     assert told(report) == [("commit", 20)]
     assert found.failures == 0
 
@@ -73,14 +73,14 @@ def test_a_commit_ends_the_waiting(report: Report) -> None:
     saves.fail(found, report, 10, "full", [])
     found.uncommitted[20] = time.monotonic()
     commit(report, 20)
-    saves.look(found, report, [], 60.0)
+    saves.announce_commits(found, report, [], 60.0)
     assert (found.failures, found.again_at) == (0, 0.0)
     assert "step 20 is saved; 1 tries before had failed" in said(report)
 
 
 def test_a_save_that_nobody_hears_of_again_has_failed(report: Report) -> None:
     found = Saves(10, uncommitted={10: time.monotonic() - 61})
-    saves.look(found, report, [], 60.0)
+    saves.announce_commits(found, report, [], 60.0)
     assert (found.newest, found.failures) == (0, 1)
     assert told(report) == [("save_failed", 10)]
 
@@ -88,7 +88,7 @@ def test_a_save_that_nobody_hears_of_again_has_failed(report: Report) -> None:
 def test_a_save_that_was_removed_for_a_later_one_has_not_failed(report: Report) -> None:
     commit(report, 20)
     found = Saves(20, uncommitted={10: time.monotonic() - 61, 20: time.monotonic()})
-    saves.look(found, report, [], 60.0)
+    saves.announce_commits(found, report, [], 60.0)
     assert told(report) == [("commit", 20)]
 
 

@@ -13,7 +13,7 @@ from orchestrator.hosts import placement
 from orchestrator.interrupt import Interrupt
 from orchestrator.slices import upkeep
 from orchestrator.slices.upkeep import NoSlicesError, Provider, RefusedError, Upkeep
-from orchestrator.slices.wanted import Ask, Request, State, Wanted
+from orchestrator.slices.wanted import Create, Request, State, Wanted
 from tests.test_config import config_of
 
 WANTED = Wanted("mine", "v5p-16", "2x2x2", 1, ("a", "b"))
@@ -24,18 +24,18 @@ class Cloud:
     """Slices are there at once; `refuses` is asked first."""
 
     there: dict[str, Request] = field(default_factory=dict)
-    refuses: Callable[[Ask], None] = lambda asked: None
+    refuses: Callable[[Create], None] = lambda asked: None
     looks_blank: int = 0  # so many looks show nothing
 
-    def ask(self, asked: Ask) -> None:
+    def create(self, asked: Create) -> None:
         self.refuses(asked)
         self.there[asked.name] = request(asked.name, asked.zone)
 
-    def look(self) -> list[Request]:
+    def list_requests(self) -> list[Request]:
         self.looks_blank -= 1
         return [] if self.looks_blank >= 0 else list(self.there.values())
 
-    def give_back(self, one: Request) -> None:
+    def delete(self, one: Request) -> None:
         self.there.pop(one.name, None)
 
 
@@ -45,7 +45,7 @@ def request(name: str, zone: str = "a") -> Request:
 
 def keeping(cloud: Cloud, wanted: Wanted = WANTED) -> Upkeep:
     joined = cloud.there.keys
-    return Upkeep(wanted, Provider(cloud.look, cloud.ask, cloud.give_back, lambda: set(joined())), 0.01, 60.0)
+    return Upkeep(wanted, Provider(cloud.list_requests, cloud.create, cloud.delete, lambda: set(joined())), 0.01, 60.0)
 
 
 def quiet(what: str, news: str) -> None:
@@ -55,16 +55,16 @@ def quiet(what: str, news: str) -> None:
 def test_an_impatient_user_leaves_nothing_behind() -> None:
     cloud = Cloud()
 
-    def give_back(one: Request) -> None:
+    def delete(one: Request) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.05)  # it comes amid this
         cloud.there.pop(one.name)
 
     kept = keeping(cloud)
-    kept.provider = replace(kept.provider, give_back=give_back)
+    kept.provider = replace(kept.provider, delete=delete)
 
     def stop_twice() -> None:
-        with upkeep.kept(kept, False, quiet):
+        with upkeep.managed(kept, False, quiet):
             assert cloud.there
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -76,12 +76,12 @@ def test_an_impatient_user_leaves_nothing_behind() -> None:
 def test_nor_one_who_is_impatient_while_the_first_is_asked_for() -> None:
     cloud = Cloud()
 
-    def slow(asked: Ask) -> None:
+    def slow(asked: Create) -> None:
         if cloud.there:
             raise KeyboardInterrupt
 
     cloud.refuses = slow
-    with pytest.raises(KeyboardInterrupt), upkeep.kept(keeping(cloud, replace(WANTED, count=2)), False, quiet):
+    with pytest.raises(KeyboardInterrupt), upkeep.managed(keeping(cloud, replace(WANTED, count=2)), False, quiet):
         pass
     assert cloud.there == {}
 
@@ -89,7 +89,7 @@ def test_nor_one_who_is_impatient_while_the_first_is_asked_for() -> None:
 def test_what_was_asked_for_unheard_is_looked_for_more_than_once() -> None:
     cloud = Cloud()
 
-    def unheard(asked: Ask) -> None:
+    def unheard(asked: Create) -> None:
         cloud.there[asked.name] = request(asked.name)
         cloud.looks_blank = 2
         raise RefusedError("trouble", "no answer")
@@ -97,14 +97,14 @@ def test_what_was_asked_for_unheard_is_looked_for_more_than_once() -> None:
     cloud.refuses = unheard
     kept = keeping(cloud)
     kept.poll_s = 0.3  # the thread does not come to look
-    with upkeep.kept(kept, False, quiet):
+    with upkeep.managed(kept, False, quiet):
         pass
     assert cloud.there == {}
 
 
 @pytest.mark.parametrize("kind", ["quota", "forbidden"])
 def test_a_refusal_ends_a_run_that_never_had_its_slices_and_no_other(kind: str) -> None:
-    def refuse(asked: Ask) -> None:
+    def refuse(asked: Create) -> None:
         raise RefusedError(kind, "no")  # type: ignore[arg-type]
 
     fresh = keeping(Cloud(refuses=refuse), replace(WANTED, zones=("a",)))
@@ -127,7 +127,7 @@ def test_a_lost_head_gives_back_what_is_not_kept(monkeypatch: pytest.MonkeyPatch
     cloud, silent = Cloud(), time.monotonic() + 0.1
     kept = keeping(cloud)
     kept.head_answers = lambda: time.monotonic() < silent
-    with upkeep.kept(kept, keep, quiet) as given:
+    with upkeep.managed(kept, keep, quiet) as given:
         deadline = time.monotonic() + 10.0
         while kept.failed is None and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -148,7 +148,7 @@ def test_a_head_that_is_silent_for_a_moment_is_not_lost() -> None:
 
 
 def test_a_quota_said_long_ago_is_no_verdict() -> None:
-    def refuse(asked: Ask) -> None:
+    def refuse(asked: Create) -> None:
         raise RefusedError("quota", "no")
 
     kept = keeping(Cloud(refuses=refuse))
@@ -182,5 +182,5 @@ def test_a_run_takes_its_own_slices_only(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(placement.ray, "nodes", lambda: nodes)
     monkeypatch.setattr(placement, "draining", set)
     monkeypatch.setattr(placement, "available_resources_per_node", lambda: {n["NodeID"]: {"TPU": 4.0} for n in nodes})
-    count, free = placement.look(config_of(), (), lambda name: name == "mine")
+    count, free = placement.usable_slices(config_of(), (), lambda name: name == "mine")
     assert (count, [spots[0].slice_name for spots in free]) == (1, ["mine"])

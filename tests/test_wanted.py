@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.slices.wanted import Ask, GiveBack, Request, State, Wanted, owner_label, reconcile, request_name
+from orchestrator.slices.wanted import Create, Delete, Request, State, Wanted, owner_label, reconcile, request_name
 
 WANTED = Wanted("run", "v5p-16", "2x2x2", 1, ("a", "b", "c"), patience_s=100.0)
 NOW = 1000.0
@@ -15,8 +15,8 @@ def there(name: str, state: State, **other: object) -> Request:
     return replace(Request(name, "a", "run", state, "v5p-16", "2x2x2", NOW - 10), **other)  # type: ignore[arg-type]
 
 
-def told(found: list[Ask | GiveBack]) -> list[str]:
-    return [f"ask {one.zone}" if isinstance(one, Ask) else f"back {one.request.name}: {one.why}" for one in found]
+def told(found: list[Create | Delete]) -> list[str]:
+    return [f"ask {one.zone}" if isinstance(one, Create) else f"back {one.request.name}: {one.why}" for one in found]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_from_any_state_it_ends_with_what_is_wanted_and_nothing_more() -> None:
         for look in range(60):
             found = reconcile(wanted, [*cloud.values(), *others.values()], {}, {}, NOW + look)
             for one in found:
-                if isinstance(one, Ask):
+                if isinstance(one, Create):
                     assert one.name not in cloud
                     cloud[one.name] = there(one.name, State.WAITING, since=NOW + look, zone=one.zone)
                 else:

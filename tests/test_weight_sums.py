@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from gemma.checkpoint import disk
 from gemma.config import ConfigError, Mesh
-from gemma.digest import opened, sealed
+from gemma.digest import seal, unseal
 from gemma.model import load
 from gemma.model.transformer import Gemma
 from gemma.weights import sums
@@ -178,8 +178,8 @@ def test_a_model_json_is_bounded_before_it_is_used(
     change: dict[str, Any], said: str, imported: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(imported, tmp_path / "copy"))
-    found = opened(json.loads((copy / "model.json").read_text()))
-    (copy / "model.json").write_text(json.dumps(sealed(found | change)))
+    found = unseal(json.loads((copy / "model.json").read_text()))
+    (copy / "model.json").write_text(json.dumps(seal(found | change)))
     with pytest.raises(ConfigError, match=said) as refused:
         convert(tmp_path / "out", copy)
     assert len(str(refused.value)) < 600

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gemma.config import ConfigError
-from gemma.digest import sealed
+from gemma.digest import seal
 from gemma.model.load import load_hf
 from gemma.weights.sources import check_model
 from launch.convert import work
@@ -177,7 +177,7 @@ def test_convert_refuses_in_one_line(folder: Path, arguments: str, expected: str
     place = folder.parent
     (place / "runs").mkdir()
     (place / "empty").mkdir()
-    manifest = {"config": sealed({"model": vars(hf_cases.SMALL)})}
+    manifest = {"config": seal({"model": vars(hf_cases.SMALL)})}
     (place / "empty" / "manifest.json").write_text(json.dumps(manifest))
     refused(place, "convert", arguments, expected)
 

@@ -1,7 +1,7 @@
 """Saves beside training, on storage that may be full or failing: agreed on by all hosts, and no error stops training.
 
 A thread has a copy of the state and does the rest: asks the storage, votes with the other hosts' threads, writes. A
-save that cannot be is refused before any host enters Orbax. What becomes of one is told by `poll`; what a failed one
+save that cannot be is refused before any host enters Orbax. `poll` says what becomes of one; what a failed one
 left behind is removed, what was committed before stays.
 """
 

@@ -23,7 +23,7 @@ from gemma.model.attention import attend, rope, soft_cap
 from gemma.model.attention_cpu import SAVED
 from gemma.model.sharding import EMBEDDING_AXES, gather, gather_weight, scatter
 
-# What the backward pass finds again, by the names given below; the rest it makes anew. The wide products, gate and up,
+# What the backward pass finds again, by the names given below; the rest it makes again. The wide products, gate and up,
 # take more memory than all others.
 NARROW = ("rms", "heads", SAVED, "attention_out", "mlp_out")
 REMAT = {

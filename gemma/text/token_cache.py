@@ -2,7 +2,7 @@
 
 The cache is not believed. `meta.json` has a digest of each chunk, and the fingerprint is made of the digests, so it is
 the fingerprint of what is read. Up to EAGER_BYTES, some seconds of reading, all is checked when the tokens are opened,
-and what is damaged is made anew. Of more each chunk is checked when a row of it is first read: every start of a run
+and what is damaged is made again. Of more each chunk is checked when a row of it is first read: every start of a run
 would else read 100 GB. What is then found damaged ends the attempt, and is not there any more for the next.
 """
 
@@ -75,7 +75,7 @@ class Checked:
                     shutil.rmtree(self.folder, ignore_errors=True)
                     raise DamagedError(
                         f"{self.folder / self.name}: bytes {chunk * CHUNK_BYTES}.. are not what was written there; the"
-                        " folder is removed, so that the next start tokenises anew"
+                        " folder is removed, so that the next start tokenises again"
                     )
                 self.good.add(chunk)
         return self.mapped[start:stop]
@@ -99,7 +99,7 @@ def digests(path: Path) -> list[str]:
         return [digest(chunk) for chunk in iter(lambda: file.read(CHUNK_BYTES), b"")]
 
 
-def opened(folder: Path, found: Listing) -> Tokens:
+def open_cached(folder: Path, found: Listing) -> Tokens:
     """Raises FileNotFoundError where there is nothing, DamagedError where something is not as it was written."""
     meta = read_meta(folder)
     itemsize = np.dtype(meta.dtype).itemsize

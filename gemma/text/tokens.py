@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gemma.config import ConfigError, Data
 from gemma.text import files, tokenise, tokenizer
-from gemma.text.token_cache import DamagedError, Tokens, opened
+from gemma.text.token_cache import DamagedError, Tokens, open_cached
 
 FORMAT = 2  # part of the cache key: raise it when the files' meaning changes
 
@@ -39,18 +39,18 @@ def open_tokens(data: Data, cache: Path, vocab: int, setting: str = "data.path",
         raise ConfigError(f"model.vocab={vocab}: data.tokenizer={data.tokenizer} makes {coder.vocab} ids")
     folder = cache / "tokens" / key(data, found.files)
     try:
-        return opened(folder, found)
+        return open_cached(folder, found)
     except FileNotFoundError:
         pass
     except DamagedError as error:
-        print(f"WARNING: the token cache is damaged, and made anew: {error}", flush=True)
+        print(f"WARNING: the token cache is damaged, and made again: {error}", flush=True)
     with tokenise.lock(folder.with_suffix(".lock"), lock_s):
         try:
-            return opened(folder, found)  # another process was quicker
+            return open_cached(folder, found)  # another process was quicker
         except (FileNotFoundError, DamagedError):
             shutil.rmtree(folder, ignore_errors=True)
         tokenise.build(data, found.files, coder, folder, setting)
     if key(data, files.listing(data, setting).files) != folder.name:
         shutil.rmtree(folder, ignore_errors=True)
         raise ConfigError(f"{setting}={data.path}: changed while it was read")
-    return opened(folder, found)
+    return open_cached(folder, found)

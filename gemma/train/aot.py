@@ -59,20 +59,20 @@ def platform_version(device: jax.Device) -> str:
 
 
 def compiled(name: str, jitted: Any, args: tuple[Any, ...], facts: tuple[Any, ...], cache: Path) -> tuple[Any, bool]:
-    """The compiled program and whether it came from the cache. Anything unreadable there is compiled anew."""
+    """The compiled program and whether it came from the cache. Anything unreadable there is compiled again."""
     path = cache / "compiled" / key(name, facts)
     if path.exists():
         try:
             payload, in_tree, out_tree = pickle.loads(path.read_bytes())
             return serialize_executable.deserialize_and_load(payload, in_tree, out_tree), True
         except Exception as error:  # a torn file, another CPU: the compiler is the fallback
-            print(f"compiled program {path} is unusable, compiling anew: {error!r}")
+            print(f"compiled program {path} is unusable, compiling again: {error!r}")
     program = jitted.lower(*args).compile()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".partial-{os.getpid()}")
         partial.write_bytes(pickle.dumps(serialize_executable.serialize(program)))
         partial.rename(path)
-    except OSError as error:  # the next attempt compiles anew
+    except OSError as error:  # the next attempt compiles again
         print(f"compiled program {path} is not kept: {error!r}")
     return program, False

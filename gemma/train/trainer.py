@@ -295,7 +295,7 @@ class Trainer:
         self.state = self.state._replace(params=params)
 
     def save(self, step: int) -> Saved:
-        """Has a copy of the state saved in the background. What becomes of that is told by `trouble`."""
+        """Has a copy of the state saved in the background. `trouble` says what becomes of it."""
         assert self.state is not None
         if self.halted or self.rows and not self.rows[-1].metrics["ok"]:
             return Saved(0.0, f"step {step} comes after a bad one: its state may be bad as well")

@@ -46,7 +46,7 @@ def whole(out: Path) -> Iterator[Path]:
 
 
 def remove(folder: Path) -> None:
-    """For good: a write that was interrupted goes on in TensorStore's threads and makes its file, and folders, anew."""
+    """For good: an interrupted write goes on in TensorStore's threads and makes its file, and folders, again."""
     quiet = 0 if folder.exists() else QUIET
     deadline = time.monotonic() + REMOVE_TIMEOUT_S
     while quiet < QUIET and time.monotonic() < deadline:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import dacite
 
 from gemma.config import ConfigError, Model
-from gemma.digest import opened, sealed
+from gemma.digest import seal, unseal
 from gemma.weights import hf_config
 from gemma.weights.layout import WeightsError
 from gemma.weights.small_json import read_json
@@ -55,14 +55,14 @@ def as_model(values: Any) -> Model:
 
 
 def model_json(model: Model) -> str:
-    return json.dumps(sealed(asdict(model)), indent=1) + "\n"
+    return json.dumps(seal(asdict(model)), indent=1) + "\n"
 
 
 def unsealed(path: Path, key: str) -> dict[str, Any]:
     """What a file says under a key (all of it: ""), if it is as it was written. Raises WeightsError."""
     found = read_json(path)
     try:
-        return opened(found[key] if key else found)
+        return unseal(found[key] if key else found)
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{path.name}: {error}") from error
 

@@ -36,7 +36,7 @@ def check(config: Config, group: Group, fleet: Fleet, report: Report, stop: Call
     report.phase("start", "checking chips")
     chaos.strike(faults.plan(config.chaos, config.train.steps, len(spots)), "check", group, fleet, report)
     try:
-        found = look(config, group, stop)
+        found = check_chips(config, group, stop)
         unfit = judge(found, CHIPS_PER_HOST, config.fitness) or misled(meet(config, group, stop), found[0].chips_in_all)
         failed = [Evidence(one.rank, unfit=one.why, time=time.time()) for one in unfit]
     except HostsFailedError as error:
@@ -51,7 +51,7 @@ def check(config: Config, group: Group, fleet: Fleet, report: Report, stop: Call
     report.event("fit", duration_s=time.monotonic() - started, chips=found[0].chips_in_all, slowest_s=slowest)
 
 
-def look(config: Config, group: Group, stop: Callable[[], bool]) -> list[ChipFacts]:
+def check_chips(config: Config, group: Group, stop: Callable[[], bool]) -> list[ChipFacts]:
     """Each host at its own chips."""
     refs = [w.check.remote(CHIPS_PER_HOST, config.chips, config.run.cache) for w in group.workers]
     try:
@@ -69,7 +69,7 @@ def meet(config: Config, group: Group, stop: Callable[[], bool]) -> list[tuple[i
 
 def blamed(evidence: Sequence[Evidence], count: int) -> list[Evidence]:
     """Hosts whose chips do not come up, or never answer, while those of others do are unfit. What befalls all `count`
-    of them is no host's fault, and a death or a lost peer is told as such. Pure.
+    of them is no host's fault, and a death or a lost peer stays what it is. Pure.
     """
     own = [e.rank for e in evidence if e.overdue or e.exception and not is_collective(e)]
     if not own or len(own) == count or any(e.died for e in evidence):

@@ -156,7 +156,7 @@ def reason_to_leave(fleet: Fleet) -> Evidence | None:
     if fleet.placement.slices < wanted:
         with suppress(NoSlicesError):  # the run has enough to go on with; said again where it has to wait
             fleet.lease.repair()
-        _, free = placement.look(fleet.config, fleet.avoid, fleet.lease.owns)
+        _, free = placement.usable_slices(fleet.config, fleet.avoid, fleet.lease.owns)
         if len(free) + fleet.placement.slices >= wanted:
             return Evidence(0, notice=BACK, time=time.time())
     return None

@@ -65,7 +65,7 @@ def free_slices(slices: Sequence[list[Spot]], available: Mapping[str, Mapping[st
     ]
 
 
-def look(config: Config, avoid: Collection[str], owns: Callable[[str], bool]) -> tuple[int, list[list[Spot]]]:
+def usable_slices(config: Config, avoid: Collection[str], owns: Callable[[str], bool]) -> tuple[int, list[list[Spot]]]:
     """How many whole slices there are that are the run's to use, and those of them that are free now."""
     leaving = {*avoid, *draining()}
     there = whole_slices(ray.nodes(), config.cluster.slice, config.slice.hosts, leaving)
@@ -87,7 +87,7 @@ def reserve(
     """
     started = time.monotonic()
     while True:
-        whole, free = look(config, avoid, owns)
+        whole, free = usable_slices(config, avoid, owns)
         waited_s = time.monotonic() - started
         fitting = [count for count in enough(waited_s) if count <= len(free)]
         if fitting and (group := placed(free[: max(fitting)])):

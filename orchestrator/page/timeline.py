@@ -47,7 +47,7 @@ def stretches(
     found = laid_over(found, "detect", struck, {"step", "replay"})
     # Inside `start`: what the hosts did before they stood ready, its order as they do it.
     for name, after in (("restore", ()), ("compile", ("restore",)), ("data", ("restore", "compile"))):
-        found = laid_over(found, name, opened(events, name, after), {"start"})
+        found = laid_over(found, name, open_spans(events, name, after), {"start"})
     return found
 
 
@@ -56,7 +56,7 @@ def seconds(event: dict[str, Any], key: str = "duration_s") -> float:
     return float(value) if isinstance(value, int | float) and 0 <= value <= LONGEST_S else 0.0
 
 
-def opened(events: Sequence[dict[str, Any]], name: str, after: Sequence[str]) -> list[tuple[float, float]]:
+def open_spans(events: Sequence[dict[str, Any]], name: str, after: Sequence[str]) -> list[tuple[float, float]]:
     """When the hosts did `name`, which ended before they did `after`, which ended when they stood ready."""
     found = []
     for event in events:
@@ -78,7 +78,7 @@ def phases(began: float, ended: float, events: Sequence[dict[str, Any]]) -> list
         time = min(max(time, at), ended)
         if time > at:
             found.append(Stretch(at, time, name, attempt))
-        # A phase `reserve` is told just before its attempt is counted.
+        # The line of a phase `reserve` comes just before its attempt is counted.
         at, name, attempt = time, following, max(1, number if isinstance(number, int) else 0)
     return found
 

@@ -33,7 +33,7 @@ class CompilerError(RuntimeError):
     """The compiler failed, for another reason than memory. The text names the file that has its story."""
 
 
-def ask(config: Config, tell: Tell) -> Answer:
+def facts_of(config: Config, tell: Tell) -> Answer:
     """Compiles config's train step for its slices, or remembers. Minutes, or an instant.
 
     Raises ConfigError where there is no compiler, CompilerError where it fails or is not done in timeout.compile_s.
@@ -43,7 +43,7 @@ def ask(config: Config, tell: Tell) -> Answer:
     if path.exists():
         try:
             return Answer(json.loads(path.read_text()), cached=True)
-        except ValueError:  # torn: compiled anew
+        except ValueError:  # torn: compiled again
             path.unlink()
     if find_spec("libtpu") is None:
         raise ConfigError("libtpu: the TPU compiler is not installed; make install does it, or give plan.skip=true")

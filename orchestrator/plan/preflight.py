@@ -92,7 +92,7 @@ def check(config: Config) -> None:
 def check_stays() -> None:
     """A submitted controller must not be on a machine that may be taken away, where the machine can tell."""
     with contextlib.suppress(OSError):  # not a machine of Google's
-        if metadata.ask(os.environ.get("GCE_METADATA_HOST", metadata.HOST), "scheduling/preemptible") == "TRUE":
+        if metadata.value_of(os.environ.get("GCE_METADATA_HOST", metadata.HOST), "scheduling/preemptible") == "TRUE":
             raise ConfigError(
                 "detach=true: the head of the Ray cluster is a preemptible machine, and a controller there would go"
                 " with it; start the head on one that stays"
@@ -130,7 +130,7 @@ def check_fits(config: Config) -> None:
             status.update(f"compiling {what}, to see whether it fits: {elapsed_s:.0f} s")
 
         try:
-            answer = ahead.ask(config, tell)
+            answer = ahead.facts_of(config, tell)
             made = plan.make(config, answer.facts, [], answer.cached)
             found = None if made.fits else search.nearest(config, tell)
         except ahead.CompilerError as error:

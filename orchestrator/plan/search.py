@@ -77,7 +77,7 @@ def best(config: Config, overridden: set[str], plain: list[str], tell: ahead.Tel
         needed = analytic.hbm_bytes(candidate.program)
         if needed >= too_much:
             continue
-        answer = ahead.ask(candidate, tell)
+        answer = ahead.facts_of(candidate, tell)
         made = plan.make(candidate, answer.facts, overrides(candidate, plain), answer.cached)
         found.append(made)
         if not made.fits:
@@ -101,7 +101,7 @@ def smallest(config: Config, overridden: set[str], plain: list[str], tell: ahead
         least = min(candidates(there, overridden), key=lambda c: analytic.hbm_bytes(c.program), default=None)
         if least is None or analytic.hbm_bytes(least.program) > v5p.HBM_BYTES * (1 + MARGIN):
             continue
-        answer = ahead.ask(least, tell)
+        answer = ahead.facts_of(least, tell)
         here = [f"cluster.slice={name}", *(o for o in plain if not o.startswith("cluster.slice="))]
         made = plan.make(least, answer.facts, overrides(least, here), answer.cached)
         if made.fits:
@@ -127,7 +127,7 @@ def nearest(config: Config, tell: ahead.Tell) -> Config | None:
         needed = analytic.hbm_bytes(candidate.program)
         if needed >= too_much or tried == TRIES:
             continue
-        answer = ahead.ask(candidate, tell)
+        answer = ahead.facts_of(candidate, tell)
         if plan.make(candidate, answer.facts, [], answer.cached).fits:
             return candidate
         too_much, tried = CLEARLY_LESS * needed, tried + 1

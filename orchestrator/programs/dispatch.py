@@ -72,7 +72,7 @@ def send_due(training: Training) -> None:
 def send_save(training: Training) -> None:
     pipelines.send(training.pipeline, "save", training.ready.config.timeout.save_s, training.pipeline.step)
     training.saving = True
-    saves.sent(training.saves, training.pipeline.step)
+    saves.note_begun(training.saves, training.pipeline.step)
 
 
 def send_keep(training: Training, attaching: Attaching) -> None:
@@ -126,8 +126,8 @@ def receive(training: Training) -> None:
     elif sent.verb == "save":
         waiting = waiting[1:]
         receive_save(training, sent.step, result, waiting)
-    saves.heard(training.saves, report, [one.trouble for one in results], waiting)
-    saves.look(training.saves, report, waiting, training.ready.config.timeout.save_s)
+    saves.note_failures(training.saves, report, [one.trouble for one in results], waiting)
+    saves.announce_commits(training.saves, report, waiting, training.ready.config.timeout.save_s)
 
 
 def receive_steps(training: Training, ran: Ran) -> None:

@@ -23,11 +23,11 @@ class Saves:
     again_at: float = 0.0  # not before this is a save tried after a failure
 
 
-def sent(saves: Saves, step: int) -> None:
+def note_begun(saves: Saves, step: int) -> None:
     saves.newest, saves.begun_at = step, time.monotonic()
 
 
-def heard(saves: Saves, report: Report, failures: Iterable[Failed | None], on_the_way: Sequence[int]) -> None:
+def note_failures(saves: Saves, report: Report, failures: Iterable[Failed | None], on_the_way: Sequence[int]) -> None:
     """What hosts tell of saves that had begun; several may tell the same.
 
     on_the_way: steps whose save the hosts have not answered.
@@ -37,7 +37,7 @@ def heard(saves: Saves, report: Report, failures: Iterable[Failed | None], on_th
             fail(saves, report, one.step, one.problem, on_the_way)
 
 
-def look(saves: Saves, report: Report, on_the_way: Sequence[int], late_s: float) -> None:
+def announce_commits(saves: Saves, report: Report, on_the_way: Sequence[int], late_s: float) -> None:
     """Announces what is whole on disk, and nothing else. What is not after late_s has failed."""
     if not saves.uncommitted:
         return

@@ -60,7 +60,7 @@ def backoff_s(failures: int) -> float:
 
 
 def warned(failures: int) -> bool:
-    """Whether the user is told of this one of many failures in a row: the first, and each time they have doubled."""
+    """Whether to print this one of many failures in a row: the first, and each time they have doubled."""
     return failures & (failures - 1) == 0
 
 

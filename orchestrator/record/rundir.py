@@ -18,7 +18,7 @@ from typing import IO, Any
 import dacite
 
 from gemma.config import ConfigError, naming
-from gemma.digest import opened, sealed
+from gemma.digest import seal, unseal
 from orchestrator.record import jsonfile
 from orchestrator.record.jsonfile import is_count, is_number, read_lines, read_object, write_json
 from orchestrator.recovery.incident import Incident
@@ -166,7 +166,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     path = folder / "manifest.json"
     try:
         found = asdict(manifest)
-        write_json(path, found | {"config": sealed(found["config"])}, 0o600 if manifest.git_diff else 0o644)
+        write_json(path, found | {"config": seal(found["config"])}, 0o600 if manifest.git_diff else 0o644)
     except OSError as error:
         raise ConfigError(f"run={folder.name}: cannot write {path} ({error.strerror})") from error
 
@@ -176,7 +176,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / "manifest.json"
     try:
         found = jsonfile.parse(path.read_bytes())
-        found["config"] = opened(found.get("config"))
+        found["config"] = unseal(found.get("config"))
         manifest = dacite.from_dict(Manifest, found, dacite.Config(strict=True))
         if not all(isinstance(manifest.config.get(name), dict) for name in SECTIONS):
             raise ValueError(f"its config lacks one of {', '.join(SECTIONS)}")

@@ -16,11 +16,11 @@ from orchestrator.slices import auth, existing, gcp, guest, head, startup
 from orchestrator.slices.cluster import Cluster
 from orchestrator.slices.lease import Lease
 from orchestrator.slices.topology import slice_type
-from orchestrator.slices.upkeep import Provider, Upkeep, kept
-from orchestrator.slices.wanted import Ask, Request, Wanted, request_name
+from orchestrator.slices.upkeep import Provider, Upkeep, managed
+from orchestrator.slices.wanted import Create, Request, Wanted, request_name
 
 
-def opened(
+def open_provider(
     config: Config, owner: str, joined: Callable[[], set[str]] | None = None, token: str | None = None
 ) -> Provider:
     """What an owner may ask of it. joined: the slices in the Ray cluster; where nobody looks, all of them.
@@ -34,20 +34,23 @@ def opened(
     logging.getLogger("google").setLevel(logging.ERROR)
     script, at, api = startup.script(cluster.gcp), head.address(cluster, cluster.gcp), gcp.api(cluster.gcp)
 
-    def ask(asked: Ask) -> None:
-        gcp.ask(api, gcp.queued_resource(cluster, owner, asked, api.project, script, at, token))
+    def create(asked: Create) -> None:
+        gcp.create(api, gcp.queued_resource(cluster, owner, asked, api.project, script, at, token))
 
-    def look() -> list[Request]:
-        return gcp.look(api, cluster.gcp.zones if cluster.gcp else ())
+    def list_requests() -> list[Request]:
+        return gcp.list_requests(api, cluster.gcp.zones if cluster.gcp else ())
 
-    return Provider(look, ask, partial(gcp.give_back, api), joined or (lambda: {r.name for r in look()}))
+    def every_name() -> set[str]:
+        return {r.name for r in list_requests()}
+
+    return Provider(list_requests, create, partial(gcp.delete, api), joined or every_name)
 
 
 def upkeep(
     config: Config, owner: str, joined: Callable[[], set[str]] | None = None, token: str | None = None
 ) -> Upkeep:
     assert config.cluster.gcp is not None
-    provider = opened(config, owner, joined, token or cluster_token(config, owner))
+    provider = open_provider(config, owner, joined, token or cluster_token(config, owner))
     return Upkeep(wanted(config.cluster, owner), provider, config.cluster.gcp.poll_s, config.cluster.gcp.rejoin_s)
 
 
@@ -77,7 +80,7 @@ def rendered(config: Config, owner: str) -> str:
     """The first slice's request, as the API is given it."""
     cluster = config.cluster
     assert cluster.gcp is not None
-    ask = Ask(request_name(owner, 0.0, 0), cluster.gcp.zones[0])
+    ask = Create(request_name(owner, 0.0, 0), cluster.gcp.zones[0])
     project = cluster.gcp.project or "PROJECT"
     script, at = startup.script(cluster.gcp), cluster.address or f"HEAD:{cluster.gcp.port}"
     message = gcp.queued_resource(cluster, owner, ask, project, script, at, "TOKEN")
@@ -97,8 +100,8 @@ def connect(config: Config, tell: Callable[[str, str], None], _: object) -> Iter
     keeping = upkeep(config, owner, partial(existing.joined, config), token)
     keep = cluster.keep or cluster.name is not None
     with (
-        kept(keeping, keep, tell) as lease,  # asked first: the head comes up meanwhile
-        head.opened(cluster, cluster.gcp, token) as address,
+        managed(keeping, keep, tell) as lease,  # asked first: the head comes up meanwhile
+        head.running_head(cluster, cluster.gcp, token) as address,
         existing.connected(address, job=guest.job(code)),  # kept hosts may have joined with other code
     ):
         head.give_code(address)

@@ -52,7 +52,7 @@ class Gcp:
     service_account: str | None
     disk: str | None  # a persistent disk that is there, attached read-only to each host
     port: int  # of the Ray cluster's head on this machine
-    poll_s: float  # from look to look at what is there
+    poll_s: float  # between two polls of what is there
     endpoint: str | None  # HOST:PORT of another server of the same API, asked without credentials: for tests
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class Gke:
     shared_memory_gib: int  # of that, where the snapshots lie
     head_cpus: int
     head_memory_gib: int
-    poll_s: float  # from look to look at what is there
+    poll_s: float  # between two polls of what is there
 
     def __post_init__(self) -> None:
         for name in ("cpus", "memory_gib", "shared_memory_gib", "head_cpus", "head_memory_gib"):

@@ -18,7 +18,7 @@ from gemma.config import ConfigError
 from orchestrator.slices.cluster import Cluster, Gcp
 from orchestrator.slices.topology import TOPOLOGIES, slice_type
 from orchestrator.slices.upkeep import RefusedError
-from orchestrator.slices.wanted import Ask, Request, State, owner_label
+from orchestrator.slices.wanted import Create, Request, State, owner_label
 
 CALL_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 3.0
@@ -103,7 +103,7 @@ def refusal(error: Exception) -> RefusedError:
 
 
 def shortage(message: str) -> Any:
-    """Quota is told from capacity by words alone: Google gives both the same codes."""
+    """Only the words tell quota from capacity: Google gives both the same codes."""
     said = message.lower()
     if "quota exceeded for quota metric" in said and "per minute" in said:
         return "trouble"  # of calls, not of chips
@@ -112,9 +112,9 @@ def shortage(message: str) -> Any:
     return "stock-out" if "capacity" in said or "stockout" in said or "resources" in said else "forbidden"
 
 
-def look(api: Api, zones: Sequence[str]) -> list[Request]:
+def list_requests(api: Api, zones: Sequence[str]) -> list[Request]:
     """Everybody's slices that this software has asked for. Raises RefusedError where a zone cannot be seen."""
-    return [told(resource) for resource in list_resources(api, zones)]
+    return [as_request(resource) for resource in list_resources(api, zones)]
 
 
 def list_resources(api: Api, zones: Sequence[str] = ()) -> list[tpu.QueuedResource]:
@@ -138,7 +138,7 @@ def is_ours(resource: tpu.QueuedResource) -> bool:
     return any(OURS in spec.node.labels for spec in resource.tpu.node_spec)
 
 
-def told(resource: tpu.QueuedResource) -> Request:
+def as_request(resource: tpu.QueuedResource) -> Request:
     node = resource.tpu.node_spec[0].node
     _, _, _, zone, _, name = resource.name.split("/")
     state = STATES.get(resource.state.state, State.WAITING)
@@ -171,7 +171,7 @@ def token_of(api: Api, owner: str) -> str | None:
 
 
 def queued_resource(
-    cluster: Cluster, owner: str, ask: Ask, project: str, script: str, head_at: str, token: str | None
+    cluster: Cluster, owner: str, ask: Create, project: str, script: str, head_at: str, token: str | None
 ) -> Any:
     """One slice as the API is to be asked for it."""
     gcp = cluster.gcp
@@ -215,7 +215,7 @@ def queued_resource(
     return tpu.CreateQueuedResourceRequest(parent=parent, queued_resource_id=ask.name, queued_resource=wanted)
 
 
-def ask(api: Api, request: tpu.CreateQueuedResourceRequest) -> None:
+def create(api: Api, request: tpu.CreateQueuedResourceRequest) -> None:
     """Returns once the request is in the queue, or as good as. Raises RefusedError."""
     operation = api.call("create_queued_resource", request)
     deadline = time.monotonic() + SETTLE_S
@@ -230,7 +230,7 @@ def ask(api: Api, request: tpu.CreateQueuedResourceRequest) -> None:
         time.sleep(0.5)
 
 
-def give_back(api: Api, request: Request) -> None:
+def delete(api: Api, request: Request) -> None:
     """Returns once that is under way. The nodes end with the request."""
     name = f"projects/{api.project}/locations/{request.zone}/queuedResources/{request.name}"
     try:

@@ -20,8 +20,8 @@ from orchestrator.slices.head import listens
 from orchestrator.slices.lease import Lease
 from orchestrator.slices.raycluster import raycluster
 from orchestrator.slices.topology import slice_type
-from orchestrator.slices.upkeep import Provider, RefusedError, Upkeep, kept
-from orchestrator.slices.wanted import Ask, Wanted, owner_label
+from orchestrator.slices.upkeep import Provider, RefusedError, Upkeep, managed
+from orchestrator.slices.wanted import Create, Wanted, owner_label
 
 if TYPE_CHECKING:
     from orchestrator.hosts.placement import Spot
@@ -31,7 +31,7 @@ REACH_S = 30.0  # for a head that is ready to answer here
 SAY_EVERY_S = 60.0
 
 
-def opened(
+def open_provider(
     config: Config, owner: str, joined: Callable[[], set[str]] = set, alive: Callable[[str], bool] = lambda _: True
 ) -> Provider:
     """What an owner may ask of it. Raises ConfigError where there are no credentials.
@@ -42,13 +42,13 @@ def opened(
     cluster, gke = config.cluster, section(config)
     api = kube.api(gke)
 
-    def ask(asked: Ask) -> None:
-        kube.ask(api, raycluster(cluster, gke, owner, asked.name))
+    def create(asked: Create) -> None:
+        kube.create(api, raycluster(cluster, gke, owner, asked.name))
 
     def replace(spot: "Spot") -> str:
         return kube.replace_host(api, owner, spot.ip) if alive(spot.node_id) else ""
 
-    return Provider(partial(kube.look, api), ask, partial(kube.give_back, api), joined, "gke", replace)
+    return Provider(partial(kube.list_requests, api), create, partial(kube.delete, api), joined, "gke", replace)
 
 
 def section(config: Config) -> Gke:
@@ -58,7 +58,7 @@ def section(config: Config) -> Gke:
 
 def upkeep(config: Config, owner: str, alive: Callable[[str], bool] = lambda _: True) -> Upkeep:
     gke = section(config)
-    return Upkeep(wanted(config.cluster, gke, owner), opened(config, owner, alive=alive), gke.poll_s, FOREVER_S)
+    return Upkeep(wanted(config.cluster, gke, owner), open_provider(config, owner, alive=alive), gke.poll_s, FOREVER_S)
 
 
 def wanted(cluster: Cluster, gke: Gke, owner: str) -> Wanted:
@@ -80,7 +80,7 @@ def connect(config: Config, tell: Callable[[str, str], None], asked: Callable[[]
     assert config.run.id is not None
     owner = cluster.name or config.run.id
     keeping = upkeep(config, owner, existing.is_alive)
-    with kept(keeping, cluster.keep or cluster.name is not None, tell) as lease:
+    with managed(keeping, cluster.keep or cluster.name is not None, tell) as lease:
         at = wait_for_head(config, owner, lease.repair, asked, tell)
         code = guest.job(Path(config.run.root).expanduser() / config.run.id / "code")
         keeping.head_answers = partial(listens, at)

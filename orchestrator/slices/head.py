@@ -37,7 +37,7 @@ def check(cluster: Cluster, gcp: Gcp) -> None:
 
 
 @contextmanager
-def opened(cluster: Cluster, gcp: Gcp, token: str | None) -> Iterator[str]:
+def running_head(cluster: Cluster, gcp: Gcp, token: str | None) -> Iterator[str]:
     """Its address. token: that one which is started here asks for; of one that is there, this process has it."""
     at = address(cluster, gcp)
     if cluster.address is not None:

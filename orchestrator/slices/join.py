@@ -14,7 +14,7 @@ from orchestrator.slices.simulated.raylet import ENVIRONMENT, Host, Joining, ray
 
 CODE = ("gemma", "orchestrator")  # the hosts run the code that was launched, not what lies there
 KEY, SPACE = b"code", b"gemma-orchestrator"  # where the head's key-value store has it
-FORGET_S = 10  # after so long without its head a node ends, and its host joins anew
+FORGET_S = 10  # after so long without its head a node ends, and its host joins again
 
 
 TOP = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""RayClusters of a Kubernetes namespace, by Kubernetes' own client: ask for one, look at them, give one back, replace a
+"""RayClusters of a Kubernetes namespace, by Kubernetes' own client: create one, list them, delete one, replace a
 host of one.
 """
 
@@ -16,7 +16,7 @@ from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionErro
 
 from gemma.config import ConfigError
 from orchestrator.slices.cluster import Gke
-from orchestrator.slices.raycluster import CLUSTER, OURS, OWNER, condition, sentry, told, waits
+from orchestrator.slices.raycluster import CLUSTER, OURS, OWNER, as_request, condition, sentry, waits
 from orchestrator.slices.upkeep import RefusedError
 from orchestrator.slices.wanted import Request, State, owner_label
 
@@ -67,7 +67,7 @@ def api(gke: Gke) -> Api:
 def check(gke: Gke) -> None:
     """Raises ConfigError where there are no credentials, or its API server or operator cannot be reached or used."""
     try:
-        look(api(gke))
+        list_requests(api(gke))
     except RefusedError as refused:
         if refused.kind != "trouble":  # else it may pass
             raise ConfigError(f"cluster=gke: {refused}") from refused
@@ -100,7 +100,7 @@ def refusal(error: client.ApiException) -> RefusedError:
     return RefusedError("forbidden", f"{error.status} {error.reason}: {message}")
 
 
-def ask(api: Api, body: dict[str, Any]) -> None:
+def create(api: Api, body: dict[str, Any]) -> None:
     call(api, api.objects.create_namespaced_custom_object, **KIND, body=body)
 
 
@@ -116,16 +116,16 @@ def objects(api: Api) -> list[dict[str, Any]]:
             return found
 
 
-def look(api: Api) -> list[Request]:
+def list_requests(api: Api) -> list[Request]:
     """Raises RefusedError."""
     made = objects(api)
-    states = [told(one, "", 0.0).state for one in made]
+    states = [as_request(one, "", 0.0).state for one in made]
     names = [one["metadata"]["name"] for one, state in zip(made, states, strict=True) if state is State.WAITING]
     reasons = why_pods_wait(api, names) if names else {}
     found = []
     for one in made:
         why, lasts = reasons.get(one["metadata"]["name"], ("", False))
-        found.append(told(one, why, created(one), lasts))
+        found.append(as_request(one, why, created(one), lasts))
     return found
 
 
@@ -138,7 +138,7 @@ def why_pods_wait(api: Api, names: Sequence[str]) -> dict[str, tuple[str, bool]]
         name = pod["metadata"]["labels"][CLUSTER]
         owners[pod["metadata"]["name"]] = name
         why = waits(pod)
-        if why[0] and why[1] >= found.get(name, ("", False))[1]:  # what lasts is told first
+        if why[0] and why[1] >= found.get(name, ("", False))[1]:  # what lasts comes first
             found[name] = why
     try:
         failed = listed(api, api.core.list_namespaced_event, field_selector="reason=FailedScaleUp")
@@ -184,7 +184,7 @@ def head(api: Api, owner: str) -> Head:
     return Head("", False)
 
 
-def give_back(api: Api, request: Request) -> None:
+def delete(api: Api, request: Request) -> None:
     """Returns once that is under way; the pods end before the object does."""
     verb = api.objects.delete_namespaced_custom_object
     try:
@@ -195,7 +195,7 @@ def give_back(api: Api, request: Request) -> None:
 
 
 def replace_host(api: Api, owner: str, ip: str) -> str:
-    """Has KubeRay make the slice of the host with this address anew, on other nodes. Says so once that is under way;
+    """Has KubeRay make the slice of the host with this address again, on other nodes. Says so once that is under way;
     nothing where no such host is there any more.
     """
     mine = f"{OURS},{OWNER}={owner_label(owner)},{CLUSTER}"
@@ -216,7 +216,7 @@ def replace_host(api: Api, owner: str, ip: str) -> str:
         cluster = f"{mine}={metadata['labels'][CLUSTER]}"
         chosen = {"label_selector": f"{cluster},{label}={metadata['labels'][label]}"}
     call(api, api.core.delete_collection_namespaced_pod, **chosen)
-    return f"its slice is made anew, and keeps off {node}"
+    return f"its slice is made again, and keeps off {node}"
 
 
 def stays(pod: Mapping[str, Any]) -> bool:

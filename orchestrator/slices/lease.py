@@ -1,4 +1,4 @@
-"""What a provider gives a run besides the slices themselves."""
+"""What a provider gives a run beside the slices themselves."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -24,7 +24,7 @@ from orchestrator.slices import auth
 from orchestrator.slices.lease import Lease
 from orchestrator.slices.simulated import rehearsed, simulated
 from orchestrator.slices.simulated.raylet import Host
-from orchestrator.slices.upkeep import NoSlicesError, kept
+from orchestrator.slices.upkeep import NoSlicesError, managed
 
 POLL_S = 0.2
 NOTICED_S = 3.0  # for the run to see by itself that its head is lost
@@ -57,7 +57,7 @@ def connect(config: Config, tell: Callable[[str, str], None], _: object) -> Iter
                 repair = partial(simulated.repair, cluster, made, config.cluster.repair_s)
                 yield Lease(repair, partial(discard, cluster), lambda: None, check_head=check)
             else:
-                with kept(rehearsed.upkeep(config, cluster), False, tell) as lease:
+                with managed(rehearsed.upkeep(config, cluster), False, tell) as lease:
                     yield dataclasses.replace(lease, check_head=check)
         finally:
             left.set()

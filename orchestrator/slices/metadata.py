@@ -16,13 +16,13 @@ STAYS = {"preempted": "FALSE", "maintenance-event": "NONE"}  # by key, what it s
 def notice(host: str) -> str | None:
     """Raises OSError where no metadata server answers."""
     for key, stays in STAYS.items():
-        said = ask(host, key)
+        said = value_of(host, key)
         if said not in (stays, None):
             return f"metadata server: {key} {said}"
     return None
 
 
-def ask(host: str, key: str) -> str | None:
+def value_of(host: str, key: str) -> str | None:
     """None where the server does not know this key."""
     request = urllib.request.Request(
         f"http://{host}/computeMetadata/v1/instance/{key}", headers={"Metadata-Flavor": "Google"}

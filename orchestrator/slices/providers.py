@@ -28,5 +28,5 @@ def connect(config: Config, tell: Callable[[str, str], None], asked: Callable[[]
     with provider(config).connect(config, tell, asked) as lease:
         from ray._private import worker
 
-        worker._worker_logs_enabled = False  # a death is told by us, in one line
+        worker._worker_logs_enabled = False  # we report a death ourselves, in one line
         yield lease

@@ -26,7 +26,7 @@ OBJECT_STORE_BYTES = 1 << 30  # what is large goes by other ways; Ray would take
 
 
 def raycluster(cluster: Cluster, gke: Gke, owner: str, name: str) -> dict[str, Any]:
-    """All slices of a run as one object: KubeRay makes them, and makes a lost one anew as a whole. Raises ConfigError
+    """All slices of a run as one object: KubeRay makes them, and makes a lost one again as a whole. Raises ConfigError
     where something is missing.
     """
     check_complete(gke)
@@ -70,7 +70,7 @@ def rendered(template: str, **values: Any) -> dict[str, Any]:
     return found
 
 
-def told(found: Mapping[str, Any], why: str, since: float, hopeless: bool = False) -> Request:
+def as_request(found: Mapping[str, Any], why: str, since: float, hopeless: bool = False) -> Request:
     """What such an object says of itself. why: its pods wait, and whether they will for ever."""
     metadata, status = found["metadata"], found.get("status") or {}
     group = found["spec"]["workerGroupSpecs"][0]

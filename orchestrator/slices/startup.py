@@ -1,7 +1,7 @@
 """What each TPU host runs when it starts: it joins the Ray cluster whose head its metadata names, for as long as it is.
 
 Only what the metadata server says goes into it, so a machine that restarts, or whose head was replaced at the same
-address, joins anew.
+address, joins again.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Keeps what a provider gives as it is wanted: looks and acts, again and again, in a thread beside the run."""
+"""Keeps what a provider gives as it is wanted: polls and acts, in a thread beside the run."""
 
 import threading
 import time
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Literal
 from gemma.config import ConfigError
 from orchestrator.interrupt import signals_wait
 from orchestrator.slices.lease import Lease
-from orchestrator.slices.wanted import Ask, GiveBack, Request, State, Wanted, reconcile, unlike
+from orchestrator.slices.wanted import Create, Delete, Request, State, Wanted, reconcile, unlike
 
 if TYPE_CHECKING:
     from orchestrator.hosts.placement import Spot
 
-WORST_WAIT_S = 60.0  # between two looks while the provider is in trouble
+WORST_WAIT_S = 60.0  # between two polls while the provider is in trouble
 ANSWER_TIMEOUT_S = 20.0  # for the provider, before anything is asked of it
 CLEAR_TIMEOUT_S = 300.0
 HEAD_SILENT_S = 15.0
@@ -41,9 +41,9 @@ class NoSlicesError(Exception):
 class Provider:
     """Its verbs; each raises RefusedError."""
 
-    look: Callable[[], Sequence[Request]]  # at everybody's
-    ask: Callable[[Ask], None]
-    give_back: Callable[[Request], None]
+    list_requests: Callable[[], Sequence[Request]]  # at everybody's
+    create: Callable[[Create], None]
+    delete: Callable[[Request], None]
     joined: Callable[[], set[str]]  # the slices whose hosts are all in the Ray cluster
     kind: str = "gcp"  # as in cluster=gcp
     replace: Callable[["Spot"], str] | None = None  # has a bad host replaced, and says how; else its slice goes
@@ -51,7 +51,7 @@ class Provider:
 
 @dataclass
 class Upkeep:
-    """What is remembered from look to look, and what the run is told."""
+    """What is remembered between polls, and the news for the run."""
 
     wanted: Wanted
     provider: Provider
@@ -68,7 +68,7 @@ class Upkeep:
     reasons: dict[str, str] = field(default_factory=dict)  # why they are in that state
     news: deque[tuple[str, str]] = field(default_factory=deque)  # slice or zone, what happened
     asked: bool = False  # something may be there
-    unseen: set[str] = field(default_factory=set)  # asked for, and not shown by a look yet
+    unseen: set[str] = field(default_factory=set)  # asked for, and not listed by a poll yet
     had: bool = False  # all that is wanted was there once: no refusal is final any more
     head_answers: Callable[[], bool] = lambda: True  # whether the head of the Ray cluster does
     silent_since: float | None = None  # time.monotonic() at which it did not any more
@@ -78,9 +78,9 @@ class Upkeep:
 
 
 def step(upkeep: Upkeep) -> None:
-    """One look, and what follows from it. Raises RefusedError in trouble, ConfigError or NoSlicesError for good."""
+    """One poll, and what follows from it. Raises RefusedError in trouble, ConfigError or NoSlicesError for good."""
     now = time.time()
-    there = upkeep.provider.look()
+    there = upkeep.provider.list_requests()
     if not upkeep.had and (said := unlike(upkeep.wanted, there)):
         raise ConfigError(said)
     note(upkeep, there, now)
@@ -90,19 +90,19 @@ def step(upkeep: Upkeep) -> None:
     for action in reconcile(upkeep.wanted, there, upkeep.turned_down, upkeep.bad, now):
         if upkeep.ended.is_set():
             return
-        if isinstance(action, GiveBack):
+        if isinstance(action, Delete):
             upkeep.news.append((action.request.name, f"given back: {action.why}"))
             if action.request.state is State.WAITING and now - action.request.since > upkeep.wanted.patience_s:
                 turn_down(upkeep, action.request.zone, now, len(upkeep.wanted.zones))  # each other one has its turn
-            upkeep.provider.give_back(action.request)
+            upkeep.provider.delete(action.request)
         else:
-            ask(upkeep, action, now)
+            create_slice(upkeep, action, now)
     if upkeep.provider.replace is not None:
         replace_unfit(upkeep, upkeep.provider.replace)
 
 
 def replace_unfit(upkeep: Upkeep, replace: Callable[["Spot"], str]) -> None:
-    """What cannot be done now is done at another look: the rest goes on meanwhile."""
+    """What cannot be done now is done at another poll: the rest goes on meanwhile."""
     for node, (spot, why) in list(upkeep.unfit.items()):
         if upkeep.ended.is_set():
             return
@@ -120,20 +120,20 @@ def replace_unfit(upkeep: Upkeep, replace: Callable[["Spot"], str]) -> None:
             upkeep.news.append((name, f"{how or 'is gone by now'}: {why}"))
 
 
-def ask(upkeep: Upkeep, action: Ask, now: float) -> None:
+def create_slice(upkeep: Upkeep, action: Create, now: float) -> None:
     upkeep.asked = True
     upkeep.unseen.add(action.name)
     try:
-        upkeep.provider.ask(action)
+        upkeep.provider.create(action)
         upkeep.news.append((action.name, f"asked for in {action.zone}"))
     except RefusedError as refused:
         if refused.kind in ("trouble", "unreachable"):
-            raise  # the next look shows whether it came about all the same
+            raise  # the next poll shows whether it came about all the same
         upkeep.unseen.discard(action.name)
-        told = f"{action.zone}: {refused}"
+        said = f"{action.zone}: {refused}"
         upkeep.news.append((action.zone, f"{refused.kind}: {refused}"))
         if refused.kind == "forbidden" and not upkeep.had:
-            raise (ConfigError if not upkeep.states else NoSlicesError)(told) from refused
+            raise (ConfigError if not upkeep.states else NoSlicesError)(said) from refused
         turn_down(upkeep, action.zone, now)
         if refused.kind == "quota":
             lacks_quota(upkeep, action.zone, str(refused), now)
@@ -146,8 +146,8 @@ def lacks_quota(upkeep: Upkeep, zone: str, said: str, now: float) -> None:
     upkeep.quotas[zone] = said
     zones = upkeep.wanted.zones
     if not upkeep.had and all(zone in upkeep.quotas and upkeep.turned_down.get(zone, 0.0) > now for zone in zones):
-        told = "; ".join(f"{zone}: {upkeep.quotas[zone]}" for zone in zones)
-        raise NoSlicesError(f"no zone's quota allows a {upkeep.wanted.slice}: {told}")
+        said = "; ".join(f"{zone}: {upkeep.quotas[zone]}" for zone in zones)
+        raise NoSlicesError(f"no zone's quota allows a {upkeep.wanted.slice}: {said}")
 
 
 def turn_down(upkeep: Upkeep, zone: str, now: float, turns: int = 1) -> None:
@@ -155,7 +155,7 @@ def turn_down(upkeep: Upkeep, zone: str, now: float, turns: int = 1) -> None:
 
 
 def note(upkeep: Upkeep, there: Sequence[Request], now: float) -> None:
-    """What has changed since the last look."""
+    """What has changed since the last poll."""
     mine = [r for r in there if r.owner == upkeep.wanted.owner]
     for r in mine:
         if upkeep.states.get(r.name) is not r.state or (r.why and upkeep.reasons.get(r.name) != r.why):
@@ -188,7 +188,7 @@ def note(upkeep: Upkeep, there: Sequence[Request], now: float) -> None:
 
 
 def discard(upkeep: Upkeep, spot: "Spot", why: str) -> None:
-    """At the next look a bad host is replaced, or its slice given back for another. Called from the run's thread."""
+    """At the next poll a bad host is replaced, or its slice given back for another. Called from the run's thread."""
     upkeep.discarded.append((spot, why))
 
 
@@ -197,7 +197,7 @@ def loop(upkeep: Upkeep) -> None:
     while not upkeep.ended.wait(wait_s):
         try:
             watch_head(upkeep)
-            if upkeep.silent_since is None:  # else a look at who has joined would wait for the head, for ever
+            if upkeep.silent_since is None:  # else asking who has joined would wait for the head, for ever
                 step(upkeep)
             wait_s = upkeep.poll_s
         except RefusedError as trouble:
@@ -237,7 +237,7 @@ def begin(upkeep: Upkeep) -> None:
 
 
 @contextmanager
-def kept(upkeep: Upkeep, keep: bool, tell: Callable[[str, str], None]) -> Iterator[Lease]:
+def managed(upkeep: Upkeep, keep: bool, tell: Callable[[str, str], None]) -> Iterator[Lease]:
     """Its `repair` passes on the news and raises what ended the upkeep. At the end all is given back, unless `keep`."""
 
     def pass_on() -> None:
@@ -277,10 +277,10 @@ def clear(
     deadline, left, nothing = time.monotonic() + CLEAR_TIMEOUT_S, list[Request](), 0
     while time.monotonic() < deadline:
         try:
-            left = [r for r in provider.look() if r.owner == owner]
+            left = [r for r in provider.list_requests() if r.owner == owner]
             for request in (r for r in left if r.state is not State.GOING):
                 tell(request.name, "given back: no longer wanted")
-                provider.give_back(request)
+                provider.delete(request)
             nothing = 0 if left else nothing + 1
             if nothing >= (PATIENT_LOOKS if patient else 1):
                 return []

@@ -45,20 +45,20 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Ask:
+class Create:
     name: str
     zone: str
 
 
 @dataclass(frozen=True)
-class GiveBack:
+class Delete:
     request: Request
     why: str
 
 
 def reconcile(
     wanted: Wanted, there: Sequence[Request], turned_down: Mapping[str, float], bad: Mapping[str, str], now: float
-) -> list[Ask | GiveBack]:
+) -> list[Create | Delete]:
     """Brings what is there nearer to what is wanted; nothing of another owner is touched.
 
     turned_down: until when a zone is not asked. bad: slices to be replaced, and why. What is being given back still
@@ -66,14 +66,14 @@ def reconcile(
     """
     mine = sorted((r for r in there if r.owner == wanted.owner), key=lambda r: (r.since, r.name))
     open_zones = [zone for zone in wanted.zones if turned_down.get(zone, 0.0) <= now]
-    back = {r.name: GiveBack(r, why) for r in mine if (why := fault(r, wanted, open_zones, bad, now))}
+    back = {r.name: Delete(r, why) for r in mine if (why := fault(r, wanted, open_zones, bad, now))}
     live = [r for r in mine if r.state is not State.GOING and r.name not in back]
     for extra in sorted(live, key=lambda r: r.state is State.READY)[: max(0, len(live) - wanted.count)]:
-        back[extra.name] = GiveBack(extra, "is not wanted")
+        back[extra.name] = Delete(extra, "is not wanted")
     missing = wanted.count - sum(r.state is State.GOING or r.name in back or r in live for r in mine)
     here = {r.zone for r in live}  # slices of one run lie together
     zone = next((zone for zone in open_zones if zone in here or not here), None)
-    asked = [Ask(request_name(wanted.owner, now, i), zone) for i in range(missing)] if zone else []
+    asked = [Create(request_name(wanted.owner, now, i), zone) for i in range(missing)] if zone else []
     return [*(done for done in back.values() if done.request.state is not State.GOING), *asked]
 
 

@@ -22,7 +22,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
     # A host's processes stay in the group that ends with it: one that escaped while it was starting would make its
-    # directories anew after they were removed.
+    # directories again after they were removed.
     "RAY_process_group_cleanup_enabled": "0",
     "RAY_worker_niceness": "0",  # by default hosts would yield to everything else on this machine
     "RAY_health_check_initial_delay_ms": "1000",

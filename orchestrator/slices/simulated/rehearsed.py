@@ -13,7 +13,7 @@ from orchestrator.slices.simulated import simulated
 from orchestrator.slices.simulated.raylet import Host
 from orchestrator.slices.topology import Slice
 from orchestrator.slices.upkeep import Provider, RefusedError, Upkeep
-from orchestrator.slices.wanted import Ask, Request, State, Wanted
+from orchestrator.slices.wanted import Create, Request, State, Wanted
 
 HERE = "here"  # its one zone
 POLL_S = 0.2
@@ -52,13 +52,17 @@ def upkeep(config: Config, cluster: simulated.Cluster) -> Upkeep:
     assert settings is not None
     cloud = Cloud(kind, settings, config.cluster.repair_s, cluster, owner, time.time())
     provider = Provider(
-        partial(look, cloud), partial(ask, cloud), partial(give_back, cloud), partial(existing.joined, config), "local"
+        partial(list_requests, cloud),
+        partial(create, cloud),
+        partial(delete, cloud),
+        partial(existing.joined, config),
+        "local",
     )
     wanted = Wanted(owner, kind.name, kind.topology, config.cluster.num_slices, (HERE,), ASK_AGAIN_S)
     return Upkeep(wanted, provider, POLL_S, REJOIN_S)
 
 
-def ask(cloud: Cloud, asked: Ask) -> None:
+def create(cloud: Cloud, asked: Create) -> None:
     left_s = cloud.opened_at + cloud.settings.stock_out_s - time.time()
     if left_s > 0:
         raise RefusedError("stock-out", f"no {cloud.kind.name} for {left_s:.0f} s more, says cluster.local.stock_out_s")
@@ -68,7 +72,7 @@ def ask(cloud: Cloud, asked: Ask) -> None:
     cloud.made[asked.name] = Made(time.time(), dict(hosts))
 
 
-def look(cloud: Cloud) -> Sequence[Request]:
+def list_requests(cloud: Cloud) -> Sequence[Request]:
     """Moves each slice to where it would be by now."""
     now = time.time()
     for made in cloud.made.values():
@@ -118,6 +122,6 @@ def drain(cloud: Cloud, nodes: Sequence[str], deadline: float) -> None:
         client.drain_node(node, REASON, PREEMPTED, int(deadline * 1000))
 
 
-def give_back(cloud: Cloud, request: Request) -> None:
+def delete(cloud: Cloud, request: Request) -> None:
     if (made := cloud.made.pop(request.name, None)) is not None:
         simulated.end_nodes(cloud.cluster, made.hosts)
