@@ -95,7 +95,7 @@ def refused(place: Path, command: str, arguments: str, expected: str) -> None:
         ("cluster.slice=v5p-17", "cluster.slice=v5p-17: no such slice"),
         ("cluster=ray", "cluster.address: missing"),
         ("model=gemma2_27b", "model=gemma2_27b: on cluster=local, 2 simulated hosts need about 436 GB"),
-        ("model.width=4000000000", "model=tiny: on cluster=local"),
+        ("model.width=400000000", "model=tiny: on cluster=local"),
         (
             "cluster.slice=v5p-1024 mesh.fsdp=64 mesh.tensor=2 mesh.replica=4 train.batch=256",
             "cluster.num_slices=1: 128 hosts",

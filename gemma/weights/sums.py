@@ -18,7 +18,8 @@ from gemma.weights.small_json import read_json
 
 METADATA = "_CHECKPOINT_METADATA"  # Orbax's own name, beside the folder of the arrays
 OTHER = 0x9E3779B9
-RUN_BYTES = 8 << 20  # of an array in memory at a time, and some multiples of it in between
+RUN_BYTES = 8 << 20  # of an array in memory at a time
+BLOCK = 1 << 18  # elements that are summed at a time: what is computed on the way takes some multiples of it
 BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}  # by bytes of an element
 
 
@@ -81,9 +82,9 @@ def runs(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[tuple[Any, ...
 def sum_of_run(values: np.ndarray, first: int) -> np.ndarray:
     """uint32 [2] of elements that follow each other in an array. first: the number of elements before them."""
     flat = np.ascontiguousarray(values).reshape(-1)
-    total, step = np.zeros(2, np.uint32), max(1, RUN_BYTES // flat.itemsize)
-    for start in range(0, flat.size, step):
-        bits = flat[start : start + step].view(BITS[flat.itemsize]).astype(np.uint32)
+    total = np.zeros(2, np.uint32)
+    for start in range(0, flat.size, BLOCK):
+        bits = flat[start : start + BLOCK].view(BITS[flat.itemsize]).astype(np.uint32)
         index = np.arange(bits.size, dtype=np.uint32) + np.uint32((first + start) % 2**32)  # counted modulo 2^32
         one = mixed(bits ^ mixed(index))
         two = mixed(one + np.uint32(OTHER))
