@@ -79,7 +79,8 @@ def drain(address: str) -> None:
     subprocess.run([*command, f"--node-id={node}", *why], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("by", ["drained", "metadata server"])
+# A drain by Ray is always tested: test_faults.py, test_an_announced_departure_saves_moves_on_and_is_free.
+@pytest.mark.parametrize("by", ["metadata server", pytest.param("drained", marks=pytest.mark.soak)])
 def test_a_host_about_to_go_is_left_for_another_slice(undisturbed: Path, tmp_path: Path, by: str) -> None:
     folder = tmp_path / by.replace(" ", "-")
     with metadata_server.serve() as machine, existing_cluster.cluster("2", machine.host) as address:
