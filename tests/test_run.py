@@ -87,7 +87,7 @@ def test_manifest_names_everything_needed_to_go_on(plain: Path) -> None:
         ["mesh.fsdp=4", "mesh.tensor=2"],
         ["mesh.replica=2", "mesh.fsdp=4"],
         ["cluster.slice=v5p-8", "mesh.fsdp=4"],  # one host
-        ["cluster.slice=v5p-32", "mesh.fsdp=8", "mesh.tensor=2"],  # four hosts
+        pytest.param(["cluster.slice=v5p-32", "mesh.fsdp=8", "mesh.tensor=2"], marks=pytest.mark.soak),  # four hosts
         ["cluster.slice=v5p-8", "cluster.num_slices=2", "mesh=multislice"],
     ],
     ids=lambda overrides: " ".join(overrides),
