@@ -310,6 +310,51 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Serve:
+    """Weights that are served: a server is a run of its own."""
+
+    checkpoint: str  # a run's folder, imported weights, a Hugging Face folder
+    step: int | None  # of a run's checkpoints; null is the newest, or weights that have none
+    name: str  # what clients call the model
+    slots: int  # sequences that decode together
+    context: int | None  # positions of a sequence, at most; null is the model's
+    page: int  # positions of a page of the cache
+    chunk: int  # tokens of a prompt that are computed at a time, beside decoding
+    cache_tokens: int | None  # positions that the cache holds, over all sequences; null is what memory has room for
+    weights: Literal["auto", "float32", "bfloat16"]  # auto: bfloat16 on TPU, float32 elsewhere
+    host: str  # where HTTP is served
+    port: int  # 0 is any that is free: the screen and events.jsonl say which
+    prefix: str  # before /chat/completions, beside /v1
+    api_keys: str | None  # a file with a key a line; null asks for none
+    cors: tuple[str, ...]  # origins whose pages may ask, as in https://example.org; * is all
+    queue: int  # requests that run or wait; more are refused with 429
+    body_mb: float  # of a request
+    drain_s: float  # at the end, for what runs
+
+    def __post_init__(self) -> None:
+        for key in ("checkpoint", "api_keys"):
+            require_local(f"serve.{key}", getattr(self, key) or "")
+        require(bool(self.name), "serve.name=: empty; give what clients call the model")
+        counts = {key: getattr(self, key) for key in ("slots", "page", "chunk", "queue")}
+        require_at_least("serve", counts, 1)
+        require(self.slots <= 4096, f"serve.slots={self.slots}: must be at most 4096")
+        for key in ("context", "cache_tokens"):
+            value = getattr(self, key)
+            require(value is None or value >= self.page, f"serve.{key}={value}: must be at least serve.page, or null")
+        require(0 <= self.port < 2**16, f"serve.port={self.port}: must lie in 0..65535")
+        require(
+            self.prefix == "" or self.prefix.startswith("/") and not self.prefix.endswith("/"),
+            f"serve.prefix={self.prefix}: must begin with / and not end with it",
+        )
+        require(
+            self.host in ("127.0.0.1", "localhost", "::1") or self.api_keys is not None,
+            f"serve.host={self.host}: reachable from elsewhere, so it needs serve.api_keys=FILE, a key a line",
+        )
+        require(0 < self.body_mb <= 1024, f"serve.body_mb={self.body_mb}: must lie in 0..1024")
+        require(0 < self.drain_s < 1e9, f"serve.drain_s={self.drain_s}: must be above 0 and below 1e9 seconds")
+
+
+@dataclass(frozen=True)
 class Program:
     """All that the SPMD program needs to know. Equal programs train the same model, bit for bit, on equal meshes."""
 
@@ -322,7 +367,8 @@ class Program:
     checkpoint: Checkpoint
     profile: Profile
     guard: Guard
-    evaluate: Evaluate | None  # null trains
+    evaluate: Evaluate | None  # null trains, or serves
+    serve: Serve | None  # null trains, or evaluates
 
 
 def fill(mesh: Mesh, chips: int) -> Mesh:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from gemma.batching.plans import Limits
+
 
 @dataclass(frozen=True)
 class Restored:
@@ -21,6 +23,7 @@ class Restored:
     sets: dict[str, int] = field(default_factory=dict)  # of an evaluation: how many of its batches each set has
     rows: tuple["Row", ...] = ()  # of steps before `step` whose results may not have reached the controller
     evals: tuple["Evaluated", ...] = ()  # likewise
+    limits: Limits | None = None  # of a server: its compiled shapes and its cache
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """python -m launch.evaluate run=ID|latest|weights=FOLDER [key=value ...]: held-out loss of a checkpoint or weights."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,19 +78,25 @@ def of_weights(own: dict[str, str], overrides: list[str]) -> tuple[Config, None]
     return configs.from_container(container), None
 
 
-def defaults(overrides: list[str]) -> dict[str, Any]:
+def defaults(overrides: list[str], of: str = "run") -> dict[str, Any]:
+    """of: a file of conf/."""
     with initialize_config_dir(CONF, version_base="1.3"):
-        container = OmegaConf.to_container(compose("run", overrides), resolve=True)
+        container = OmegaConf.to_container(compose(of, overrides), resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 
 
 def newest_trained(root: str) -> Path:
     """The newest run that is no evaluation. Raises ConfigError where there is none."""
-    known = [folder for folder in rundir.runs(root) if not rundir.read_manifest(folder).config.get("evaluate")]
+    known = [folder for folder in rundir.runs(root) if has_weights(rundir.read_manifest(folder).config)]
     if not known:
         raise ConfigError(f"run=latest: no runs in run.root={root}")
     return known[-1]
+
+
+def has_weights(config: Mapping[str, Any]) -> bool:
+    """Whether a run trains: it neither evaluates nor serves what others have trained."""
+    return not config.get("evaluate") and not config.get("serve")
 
 
 def chosen(folder: Path, step: str) -> int:

@@ -32,7 +32,7 @@ def kind_of(key: str) -> Kind:
     section = key.split(".")[0]
     if key == "run.cache":
         return Kind.SAFE
-    if section in ("model", "run", "evaluate") or key == "train.init_from":
+    if section in ("model", "run", "evaluate", "serve") or key == "train.init_from":
         return Kind.FORBIDDEN
     if section in ("mesh", "cluster"):
         return Kind.RESHARDING

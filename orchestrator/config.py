@@ -21,6 +21,7 @@ from gemma.config import (
     Optim,
     Profile,
     Program,
+    Serve,
     Train,
     check,
     fill,
@@ -147,6 +148,7 @@ class Config:
     chaos: Chaos
     resume: Resume
     evaluate: Evaluate | None  # the program of launch.evaluate; null trains
+    serve: Serve | None  # the program of launch.serve
     detach: bool  # the controller is a job on the head of the Ray cluster
 
     def __post_init__(self) -> None:
@@ -179,6 +181,7 @@ class Config:
             self.profile,
             self.guard,
             self.evaluate,
+            self.serve,
         )
 
 
@@ -217,7 +220,7 @@ def from_container(container: Mapping[str, Any]) -> Config:
         replica % slices == 0,
         f"mesh.replica={replica}: must be a multiple of cluster.num_slices={slices} (fsdp and tensor stay in a slice)",
     )
-    faults.check(config.chaos, None if config.evaluate else config.train.steps, config.hosts)
+    faults.check(config.chaos, None if config.evaluate or config.serve else config.train.steps, config.hosts)
     return config
 
 

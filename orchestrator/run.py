@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 import traceback
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO
 
@@ -46,7 +47,8 @@ def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, comma
     gc.freeze()  # Ray and all else that is imported stays: no need to go through it again and again
     report = Report(config, folder, commanded)
     try:
-        code = drive(config, folder, report, interrupt, evaluate if config.evaluate else train)
+        with program_of(config, report) as work:
+            code = drive(config, folder, report, interrupt, work)
     except ConfigError as error:
         interrupt.closing = True
         report.event("refuse", reason=str(error))
@@ -65,7 +67,7 @@ def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, comma
         code = Exit.GAVE_UP
     interrupt.closing = True
     goodput = report.close()
-    trained = code is Exit.FINISHED and config.evaluate is None
+    trained = code is Exit.FINISHED and config.evaluate is None and config.serve is None
     command = going_on(config, folder, f" train.steps={2 * config.train.steps}" if trained else "")
     extending = change.extending(config.optim, config.train.steps) if trained else None
     with contextlib.suppress(OSError):  # a full disk, or nobody who reads
@@ -75,10 +77,19 @@ def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, comma
     return code
 
 
+def program_of(config: Config, report: Report) -> AbstractContextManager[Work]:
+    """What is done on the hosts."""
+    if config.serve is not None:
+        from orchestrator.programs.serve import serving  # FastAPI: half a second that no other run pays
+
+        return serving(config, report)
+    return contextlib.nullcontext(evaluate if config.evaluate else train)
+
+
 def going_on(config: Config, folder: Path, more: str) -> str:
     """The line that goes on with the run, or why none does."""
     try:
-        if config.evaluate is None:
+        if config.evaluate is None and config.serve is None:
             checkpoints.resumable(folder)
     except ConfigError as error:
         return f"none: {error}"
@@ -87,6 +98,8 @@ def going_on(config: Config, folder: Path, more: str) -> str:
 
 def results(config: Config, folder: Path) -> list[str]:
     rows = rundir.metrics(folder)
+    if config.serve is not None:
+        return []
     return evaluation_results(evaluated(folder), rows) if config.evaluate else training_results(rows)
 
 
@@ -156,8 +169,9 @@ def open_programs(
     config: Config, folder: Path, group: Group, fleet: Fleet, report: Report, interrupt: Interrupt
 ) -> list[Opened]:
     """Every host's program, with its data and what it compiles."""
-    report.phase("start", "reading the text")
-    hosts.collect(hosts.tokenise(group, config), interrupt.asked)
+    if config.serve is None:
+        report.phase("start", "reading the text")
+        hosts.collect(hosts.tokenise(group, config), interrupt.asked)
     report.phase("start", "compiling")
     call = hosts.open_programs(group, config, folder)
     planned = faults.plan(config.chaos, config.train.steps, len(group.workers))

@@ -13,7 +13,7 @@ LINES = 500
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # Rooms of gemma/ that load no JAX when they are imported, beside the files at its top: what the controller and the
 # commands may use.
-PLAIN_ROOMS = {"memory", "plan", "text", "weights"}
+PLAIN_ROOMS = {"batching", "memory", "plan", "text", "weights"}
 NEVER = {
     "gemma": {"ray", "hydra", "wandb", "orchestrator", "launch", "tests"},
     "orchestrator": {"hydra", "launch", "tests"},
@@ -21,7 +21,7 @@ NEVER = {
 }
 # A process of their own each; JAX inside their functions, so that importing them costs nothing.
 JAX_INSIDE = {"orchestrator/hosts/worker.py", "launch/convert.py"}
-WORKER_OPENS = {"gemma.train.evaluator", "gemma.train.fitness", "gemma.train.trainer"}
+WORKER_OPENS = {"gemma.engine.server", "gemma.train.evaluator", "gemma.train.fitness", "gemma.train.trainer"}
 CODE = [p.relative_to(TOP).as_posix() for folder in NEVER for p in sorted((TOP / folder).rglob("*.py"))]
 PYTHON = [*CODE, *(p.relative_to(TOP).as_posix() for p in sorted((TOP / "tests").rglob("*.py")))]
 

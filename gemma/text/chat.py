@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemma.config import ConfigError
-from gemma.text.tokenizer import BOS, EOS, SentencePiece, Tokenizer
+from gemma.text.tokenizer import BOS, EOS, ByteTokenizer, SentencePiece, Tokenizer
 
 START_OF_TURN, END_OF_TURN = 106, 107
 CONTROL = {"<start_of_turn>": START_OF_TURN, "<end_of_turn>": END_OF_TURN, "<bos>": BOS, "<eos>": EOS, "<pad>": 0}
@@ -69,12 +69,22 @@ def tokens(messages: Sequence[Message], coder: Tokenizer, *, prompt: bool = Fals
     Control tokens come from here alone: a content that spells one becomes ordinary pieces. Raises ConfigError for a
     tokenizer without Gemma's.
     """
-    check(coder)
+    start, end = turn_ids(coder)
     ids: list[int] = [BOS]
     for turn in turns(messages):
-        ids += [START_OF_TURN, *plain(f"{turn.role}\n{turn.content}", coder), END_OF_TURN, *plain("\n", coder)]
-    ids += [START_OF_TURN, *plain("model\n", coder)] if prompt else [EOS]
+        ids += [start, *plain(f"{turn.role}\n{turn.content}", coder), end, *plain("\n", coder)]
+    ids += [start, *plain("model\n", coder)] if prompt else [EOS]
     return np.array(ids, np.int32)
+
+
+def turn_ids(coder: Tokenizer) -> tuple[int, int]:
+    """<start_of_turn> and <end_of_turn>. Bytes have none of their own: they take the two ids after theirs, which no
+    text makes. Raises ConfigError.
+    """
+    if isinstance(coder, ByteTokenizer):
+        return coder.vocab, coder.vocab + 1
+    check(coder)
+    return START_OF_TURN, END_OF_TURN
 
 
 def check(coder: Tokenizer) -> None:

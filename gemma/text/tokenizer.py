@@ -19,6 +19,10 @@ class Tokenizer(Protocol):
         """One array of ids a text, without BOS or EOS."""
         ...
 
+    def piece(self, token: int) -> bytes:
+        """What a token adds to a text, in UTF-8: maybe a part of a character. Nothing for control tokens."""
+        ...
+
 
 class ByteTokenizer:
     """UTF-8 bytes, 260 ids. Needs no file."""
@@ -28,6 +32,9 @@ class ByteTokenizer:
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         utf8 = [text.encode("utf-8") for text in texts]
         return [np.frombuffer(raw, np.uint8).astype(np.uint16) + np.uint16(BYTE_OFFSET) for raw in utf8]
+
+    def piece(self, token: int) -> bytes:
+        return bytes([token - BYTE_OFFSET]) if BYTE_OFFSET <= token < self.vocab else b""
 
 
 class SentencePiece:
@@ -45,6 +52,14 @@ class SentencePiece:
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         dtype = np.uint16 if self.vocab <= 2**16 else np.uint32
         return [np.array(ids, dtype) for ids in self.model.encode(list(texts))]
+
+    def piece(self, token: int) -> bytes:
+        if not 0 <= token < self.vocab or self.model.is_control(token):
+            return b""
+        piece: str = self.model.id_to_piece(token)
+        if self.model.is_byte(token):
+            return bytes([int(piece[3:5], 16)])  # <0xNN>
+        return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
 
 
 def load(name: str) -> Tokenizer:

@@ -78,6 +78,11 @@ def check(config: Config) -> None:
             from gemma.weights import sources
 
             sources.check_model("evaluate.weights", config.evaluate.weights, config.model, config.evaluate.step)
+        if config.serve is not None:
+            from gemma.weights import sources
+
+            sources.check_model("serve.checkpoint", config.serve.checkpoint, config.model, config.serve.step)
+            return
         corpus.check(config.data, config.train.batch)
         for name, path in (config.eval.sets or {}).items():
             corpus.check(corpus.eval_set(config.data, path), 0, f"eval.sets.{name}")
@@ -120,7 +125,7 @@ def check_size(config: Config) -> None:
 
 def check_fits(config: Config) -> None:
     """Compiles the programs for the slices before any is asked for. Raises ConfigError naming what fits."""
-    if config.cluster.kind == "local" or config.plan.skip or config.evaluate is not None:
+    if config.cluster.kind == "local" or config.plan.skip or config.evaluate is not None or config.serve is not None:
         return
     if analytic.hbm_bytes(config.program) < FAR_BELOW * v5p.HBM_BYTES:
         return

@@ -197,6 +197,14 @@ class Report:
             self.write_row(row, self.attempt)
         self.write_goodput()
 
+    def served(self, **measured: float) -> None:
+        """What a server does at a moment: a line of metrics.jsonl."""
+        row = {"step": self.newest, "attempt": self.attempt, "time": time.time()} | measured
+        self.step = self.newest
+        self.metrics_file.write(row)
+        self.look_at_files()
+        self.write_goodput()
+
     def bad(self, bad: Bad) -> None:
         """A step whose update was not applied."""
         row = self.newest_row

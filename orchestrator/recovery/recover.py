@@ -61,7 +61,7 @@ def stand_at(ready: ReadyHosts, arguments: Sequence[tuple[Any, ...]], snapshot_o
     same_text(ready.folder, {one.fingerprint for one in restored}, config.resume.allow_data_change)
     if any(one.eval_fingerprints != restored[0].eval_fingerprints for one in restored):
         raise ConfigError("eval.sets: the hosts do not see the same text; give paths that all of them share")
-    report.phase("step", "evaluating" if config.evaluate else "training")
+    report.phase("step", "serving" if config.serve else "evaluating" if config.evaluate else "training")
     report.ready(restored[0], snapshot_of, time.monotonic() - ready.started)
     return restored[0]
 
@@ -148,7 +148,7 @@ def diagnose(folder: Path, failed: HostsFailedError, group: Group, fleet: Fleet,
     common = memory.newest_common(fleet.keys, nodes, held, memory.branches(rundir.events(folder)))
     done = max([report.newest, *(one.done for one in held.values())])
     left = set_aside(folder, report) if outcome is Outcome.CHECKPOINT else 0
-    answered = [report.newest] if report.config.evaluate else []
+    answered = [report.newest] if report.config.evaluate or report.config.serve else []
     restorable = [*rundir.committed(folder), *([common.step] if common else []), *answered]
     told = tell(evidence, kernel)
     path = folder / "logs" / f"attempt-{report.attempt}-failure.txt"

@@ -46,6 +46,7 @@ def program(model: Model, *, batch: int, sequence: int, dtype: str, remat: str, 
         profile=Profile(steps=()),
         guard=Guard(action="skip", spike_sigmas=0.0, warmup=100, rollback_steps=1, budget=10),
         evaluate=None,
+        serve=None,
     )
 
 

@@ -1,0 +1,342 @@
+"""A replica's part of generating and scoring: it holds weights and cache, and does what plans say.
+
+Every program is compiled, or read from disk, before the first plan; none is compiled while plans are done. Tokens stay
+on the devices from step to step: a plan can be sent before the answer of the one before it is there.
+
+R rows, T tokens of a chunk, B slots, V vocabulary, J pages of a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gemma.batching.plans import MOST_LOGPROBS, Admit, Answer, Chosen, Chunk, Limits, Plan, Row, Scored, Table
+from gemma.config import Model
+from gemma.engine import sampling
+from gemma.engine.forward import Cache, Rows, Shape, hidden, unstacked
+from gemma.model.transformer import float32_means_float32, logits
+from gemma.train import aot
+
+Tree = Any
+VOCABULARY = (None, "tensor")  # how logits_RV lie
+SCORED = 64  # positions of a chunk whose logits are there at a time
+
+
+class State(NamedTuple):
+    """What lives on the devices besides the weights; each program gets it and gives it back."""
+
+    cache: Cache
+    token_B: jax.Array  # the newest of each slot
+    counts_BV: jax.Array  # int16: how often a slot has chosen each token
+    seen_BV: jax.Array  # bool: what its prompt has
+    numbers: sampling.Numbers
+
+
+class Picked(NamedTuple):
+    """Of each row: the token chosen, its log-probability, and the most likely tokens with theirs."""
+
+    token_R: jax.Array
+    logprob_R: jax.Array
+    top_RL: jax.Array
+    top_logprob_RL: jax.Array
+
+
+@dataclass
+class Engine:
+    limits: Limits
+    shape: Shape
+    mesh: jax.sharding.Mesh
+    weights: Tree
+    state: Any  # State; None before there are weights
+    programs: dict[tuple[Any, ...], Any]
+    with_logprobs: set[int]  # slots that ask for log-probabilities
+
+
+def open_engine(model: Model, params: Tree, limits: Limits, mesh: jax.sharding.Mesh, dtype: str, cache: Path) -> Engine:
+    """params: as `gemma.model.load.load_params` gives them, in `dtype` and placed on the mesh."""
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+    engine, _ = prepare(model, abstract, limits, mesh, dtype, cache)
+    load(engine, params)
+    return engine
+
+
+def load(engine: Engine, params: Tree) -> None:
+    """Gives the engine its weights, and an empty cache."""
+    engine.weights = jax.jit(partial(unstacked, model=engine.shape.model))(params)
+    empty = partial(fresh, engine.shape, engine.limits)
+    engine.state = jax.jit(empty, out_shardings=places(engine.shape, engine.mesh))()
+    engine.with_logprobs.clear()
+
+
+def fresh(shape: Shape, limits: Limits) -> State:
+    model, dtype = shape.model, jnp.dtype(shape.dtype)
+    pages = [limits.local_pages if layer % 2 == 0 else limits.global_pages for layer in range(model.layers)]
+    of = [jnp.zeros((model.kv_heads, count, limits.page, model.head_size), dtype) for count in pages]
+    B, V = limits.slots, model.vocab
+    numbers = jax.tree.map(jnp.asarray, sampling.no_numbers(B))
+    return State(
+        Cache(tuple(of), tuple(jnp.zeros_like(x) for x in of)),
+        jnp.zeros(B, jnp.int32),
+        jnp.zeros((B, V), jnp.int16),
+        jnp.zeros((B, V), bool),
+        numbers,
+    )
+
+
+def places(shape: Shape, mesh: jax.sharding.Mesh) -> Tree:
+    """Keys and values are cut along their heads over `tensor`, counts along the vocabulary; all else is everywhere."""
+    everywhere, heads, vocabulary = (
+        NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("tensor",), VOCABULARY)
+    )
+    of = (heads,) * shape.model.layers
+    numbers: Tree = sampling.Numbers(*[everywhere] * len(sampling.Numbers._fields))  # type: ignore[arg-type]
+    found: Tree = State(Cache(of, of), everywhere, vocabulary, vocabulary, numbers)  # type: ignore[arg-type]
+    return found
+
+
+def prepare(
+    model: Model, params: Tree, limits: Limits, mesh: jax.sharding.Mesh, dtype: str, cache: Path
+) -> tuple[Engine, bool]:
+    """Compiles every program, or reads it from disk; whether all were there. params: jax.ShapeDtypeStruct, placed."""
+    shape = Shape(model, limits.page, dtype, mesh.devices.flat[0].platform)
+    engine = Engine(limits, shape, mesh, None, None, {}, set())
+    weights = jax.eval_shape(partial(unstacked, model=model), params)
+    layout = jax.jit(partial(unstacked, model=model)).lower(params).compile().output_shardings
+    placed = partial(jax.tree.map, lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at))
+    weights = placed(weights, layout)
+    abstract = placed(jax.eval_shape(partial(fresh, shape, limits)), places(shape, mesh))
+    state, vocabulary = places(shape, mesh), NamedSharding(mesh, PartitionSpec(*VOCABULARY))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    outs = {"admit": state, "pick": (state, everywhere), "decode": (state, vocabulary)}
+    outs |= {"prefill": (state, vocabulary, None), "score": (state, vocabulary, everywhere)}
+    jitted: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+    one = partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    for span in limits.spans:
+        for R in limits.rows:
+            jitted["decode", R, span] = (
+                partial(decode, shape),
+                (weights, abstract, *row_shapes(limits, R, 1, span, one)),
+            )
+        for T in limits.chunks:
+            given = weights, abstract, *row_shapes(limits, 1, T, span, one)[1:], one((1, T)), one((1,))
+            jitted["prefill", T, span] = partial(prefill, shape, False), given
+            jitted["score", T, span] = partial(prefill, shape, True), (*given, one((1, T)))
+    for R in sorted({1, *limits.rows}):
+        logits_RV = jax.ShapeDtypeStruct((R, shape.model.vocab), jnp.float32, sharding=vocabulary)
+        for logprobs in (False, True):
+            jitted["pick", R, logprobs] = partial(pick, logprobs), (abstract, one((R,)), one((R,)), logits_RV)
+    numbers = sampling.no_numbers(1)
+    V = shape.model.vocab
+    jitted["admit", 1] = admit, (abstract, np.int32(0), numbers, np.zeros(V, np.int16), np.zeros(V, bool))
+    every = True
+    for name, (function, arguments) in jitted.items():
+        donated = 0 if name[0] in ("admit", "pick") else 1
+        program = jax.jit(function, donate_argnums=donated, out_shardings=outs[name[0]])
+        facts = (shape, limits, tuple(mesh.shape.items()))
+        engine.programs[name], there = aot.compiled("-".join(map(str, name)), program, arguments, facts, cache)
+        every = every and there
+    return engine, every
+
+
+def row_shapes(limits: Limits, R: int, T: int, span: int, one: Any) -> tuple[Any, ...]:
+    local = limits.local_span(span, T) // limits.page
+    return one((R,)), Rows(one((R, T)), one((R, local)), one((R,)), one((R, span // limits.page)))
+
+
+def decode(shape: Shape, weights: Tree, state: State, slot_R: jax.Array, rows: Rows) -> tuple[State, jax.Array]:
+    """The logits after one token more of each row. A row without a position is nobody's."""
+    with float32_means_float32(shape.dtype):
+        x_R1D, cache = hidden(shape, weights, state.cache, state.token_B[slot_R][:, None], rows)
+        logits_R1V = logits(x_R1D, weights["embedding_VD"], shape.model.final_cap)
+    return state._replace(cache=cache), logits_R1V[:, 0]
+
+
+def prefill(
+    shape: Shape,
+    scored: bool,
+    weights: Tree,
+    state: State,
+    rows: Rows,
+    tokens_RT: jax.Array,
+    count_R: jax.Array,
+    target_RT: jax.Array | None = None,
+) -> tuple[State, jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """The chunk's keys and values, and the logits after its last token. count_R: tokens of the chunk. scored: as well
+    the log-probability of each target, and whether it is the most likely token.
+    """
+    with float32_means_float32(shape.dtype):
+        x_RTD, cache = hidden(shape, weights, state.cache, tokens_RT, rows)
+        x_R1D = jnp.take_along_axis(x_RTD, (count_R - 1)[:, None, None], axis=1)
+        logits_R1V = logits(x_R1D, weights["embedding_VD"], shape.model.final_cap)
+        scores = score(shape, weights, x_RTD, target_RT) if scored and target_RT is not None else None
+    return state._replace(cache=cache), logits_R1V[:, 0], scores
+
+
+def score(shape: Shape, weights: Tree, x_RTD: jax.Array, target_RT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The logits of SCORED positions at a time."""
+    R, T, D = x_RTD.shape
+    size = min(SCORED, T)
+
+    def part(_: None, xs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        x_RtD, target_Rt = xs
+        logits_RtV = logits(x_RtD, weights["embedding_VD"], shape.model.final_cap)
+        chosen_Rt = jnp.take_along_axis(logits_RtV, target_Rt[..., None], axis=-1)[..., 0]
+        likeliest_Rt = jnp.argmax(logits_RtV, axis=-1)
+        return None, (chosen_Rt - jax.nn.logsumexp(logits_RtV, axis=-1), likeliest_Rt == target_Rt)
+
+    parts = x_RTD.reshape(R, T // size, size, D).swapaxes(0, 1), target_RT.reshape(R, T // size, size).swapaxes(0, 1)
+    _, found = jax.lax.scan(part, None, parts)
+    logprob_RT, greedy_RT = (x.swapaxes(0, 1).reshape(R, T) for x in found)
+    return logprob_RT, greedy_RT
+
+
+def pick(
+    logprobs: bool, state: State, slot_R: jax.Array, position_R: jax.Array, logits_RV: jax.Array
+) -> tuple[State, Picked]:
+    """position_R: of the token that went in; -1 where nothing is to be chosen."""
+    numbers = sampling.Numbers(*(x[slot_R] for x in state.numbers))
+    token_R = sampling.choose(logits_RV, numbers, position_R + 1, state.counts_BV[slot_R], state.seen_BV[slot_R])
+    to_R = jnp.where(position_R >= 0, slot_R, state.token_B.shape[0])  # out of bounds: dropped
+    state = state._replace(
+        token_B=state.token_B.at[to_R].set(token_R, mode="drop"),
+        counts_BV=state.counts_BV.at[to_R, token_R].add(1, mode="drop"),
+    )
+    nothing_R = jnp.zeros(token_R.shape, jnp.float32)
+    L = min(MOST_LOGPROBS, logits_RV.shape[1]) if logprobs else 0
+    if not logprobs:
+        return state, Picked(token_R, nothing_R, jnp.zeros((len(token_R), 0), jnp.int32), jnp.zeros((len(token_R), 0)))
+    total_R1 = jax.nn.logsumexp(logits_RV, axis=-1, keepdims=True)
+    top_RL, at_RL = jax.lax.top_k(logits_RV, L)
+    chosen_R = jnp.take_along_axis(logits_RV, token_R[:, None], axis=-1) - total_R1
+    return state, Picked(token_R, chosen_R[:, 0], at_RL.astype(jnp.int32), top_RL - total_R1)
+
+
+def admit(state: State, slot: jax.Array, numbers: sampling.Numbers, counts_V: jax.Array, seen_V: jax.Array) -> State:
+    return state._replace(
+        counts_BV=state.counts_BV.at[slot].set(counts_V),
+        seen_BV=state.seen_BV.at[slot].set(seen_V),
+        numbers=sampling.Numbers(*(x.at[slot].set(y[0]) for x, y in zip(state.numbers, numbers, strict=True))),
+    )
+
+
+@dataclass(frozen=True)
+class Underway:
+    """A plan whose programs are sent."""
+
+    plan: Plan
+    chunks: list[tuple[Chunk, Picked | None, tuple[jax.Array, jax.Array] | None]]
+    steps: list[Picked]
+
+
+def send(engine: Engine, plan: Plan) -> Underway:
+    """Has the devices do what a plan says, and waits for nothing."""
+    for one in plan.admits:
+        send_admit(engine, one)
+    chunks = [send_chunk(engine, one) for one in plan.chunks]
+    return Underway(plan, chunks, send_rows(engine, plan.rows, plan.steps) if plan.rows else [])
+
+
+def send_admit(engine: Engine, one: Admit) -> None:
+    V = engine.shape.model.vocab
+    counts_V = np.bincount(np.array(one.counted, np.int64), minlength=V)[:V].astype(np.int16)
+    seen_V = np.zeros(V, bool)
+    seen_V[np.array(one.seen, np.int64)] = True
+    numbers = sampling.numbers_of([one.sampling])
+    engine.state = engine.programs["admit", 1](engine.state, np.int32(one.slot), numbers, counts_V, seen_V)
+    (engine.with_logprobs.discard if one.sampling.logprobs is None else engine.with_logprobs.add)(one.slot)
+
+
+def send_chunk(engine: Engine, one: Chunk) -> tuple[Chunk, Picked | None, tuple[jax.Array, jax.Array] | None]:
+    limits, count = engine.limits, len(one.tokens)
+    T = next(size for size in limits.chunks if size >= count)
+    span = limits.span(one.start + count)
+    tokens_1T, target_1T, position_1T = (np.zeros((1, T), np.int32) for _ in range(3))
+    tokens_1T[0, :count] = one.tokens
+    target_1T[0, scored_in(one)] = one.targets
+    position_1T[:] = -1
+    position_1T[0, :count] = np.arange(one.start, one.start + count)
+    given = host_rows(limits, position_1T, [one.tables], span, T), tokens_1T, np.array([count], np.int32)
+    name, more = ("score", (target_1T,)) if one.targets else ("prefill", ())
+    program = engine.programs[name, T, span]
+    engine.state, logits_1V, scores = program(engine.weights, engine.state, *given, *more)
+    if not one.sample:
+        return one, None, scores
+    slot_1, position_1 = (np.array([value], np.int32) for value in (one.slot, one.start + count - 1))
+    program = engine.programs["pick", 1, one.slot in engine.with_logprobs]
+    engine.state, picked = program(engine.state, slot_1, position_1, logits_1V)
+    return one, picked, scores
+
+
+def scored_in(one: Chunk) -> slice:
+    return slice(one.scores_from, one.scores_from + len(one.targets)) if one.targets else slice(0, 0)
+
+
+def send_rows(engine: Engine, rows: Sequence[Row], steps: int) -> list[Picked]:
+    limits = engine.limits
+    R = next(size for size in limits.rows if size >= len(rows))
+    span = limits.span(max(row.position for row in rows) + steps)
+    logprobs = any(row.slot in engine.with_logprobs for row in rows)
+    slot_R, position_R1 = np.zeros(R, np.int32), np.full((R, 1), -1, np.int32)
+    slot_R[: len(rows)] = [row.slot for row in rows]
+    position_R1[: len(rows), 0] = [row.position for row in rows]
+    program, choose = engine.programs["decode", R, span], engine.programs["pick", R, logprobs]
+    found = []
+    for step in range(steps):
+        there_R1 = np.where(position_R1 >= 0, position_R1 + step, -1)
+        given = host_rows(limits, there_R1, [row.tables for row in rows], span, 1)
+        engine.state, logits_RV = program(engine.weights, engine.state, slot_R, given)
+        engine.state, picked = choose(engine.state, slot_R, there_R1[:, 0], logits_RV)
+        found.append(picked)
+    return found
+
+
+def host_rows(
+    limits: Limits, position_RT: np.ndarray, tables: Sequence[tuple[Table, Table]], span: int, T: int
+) -> Rows:
+    """Of local layers the pages from the first on that the chunk sees: what lies before is left out."""
+    R, page = len(position_RT), limits.page
+    local_RJ = np.zeros((R, limits.local_span(span, T) // page), np.int32)
+    first_R = np.zeros(R, np.int32)
+    global_RJ = np.zeros((R, span // page), np.int32)
+    for row, (local, whole) in enumerate(tables):
+        seen = max(0, int(position_RT[row, 0]) - limits.window + 1) // page
+        pages = local.pages[max(0, seen - local.first) :]
+        first_R[row] = max(local.first, seen)
+        local_RJ[row, : len(pages)] = pages[: local_RJ.shape[1]]
+        global_RJ[row, : len(whole.pages)] = whole.pages[: global_RJ.shape[1]]
+    return Rows(position_RT, local_RJ, first_R, global_RJ)
+
+
+def receive(engine: Engine, underway: Underway) -> Answer:
+    """Waits until a plan is done."""
+    chunks, steps = jax.device_get(([one[1:] for one in underway.chunks], underway.steps))
+    chosen: dict[int, list[tuple[Picked, int]]] = {}
+    scored = {}
+    for (chunk, _, _), (picked, scores) in zip(underway.chunks, chunks, strict=True):
+        if chunk.sample:
+            chosen.setdefault(chunk.slot, []).append((picked, 0))
+        if chunk.targets:
+            scored[chunk.slot] = Scored(*(tuple(x[0, scored_in(chunk)].tolist()) for x in scores))
+    for picked in steps:
+        for row, one in enumerate(underway.plan.rows):
+            chosen.setdefault(one.slot, []).append((picked, row))
+    found = {slot: as_chosen(picks, slot in engine.with_logprobs) for slot, picks in chosen.items()}
+    return Answer(underway.plan.number, found, scored)
+
+
+def as_chosen(picks: Sequence[tuple[Picked, int]], logprobs: bool) -> Chosen:
+    tokens = tuple(int(picked.token_R[row]) for picked, row in picks)
+    if not logprobs:
+        return Chosen(tokens)
+    top = tuple(
+        tuple(zip(picked.top_RL[row].tolist(), picked.top_logprob_RL[row].tolist(), strict=True))
+        for picked, row in picks
+    )
+    return Chosen(tokens, tuple(float(picked.logprob_R[row]) for picked, row in picks), top)

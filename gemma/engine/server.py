@@ -1,0 +1,125 @@
+"""One host's part of serving, behind the verbs the controller speaks: restore, step."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma.batching.plans import Answer, Limits, Plan, pages_for
+from gemma.config import Model, Program, Serve
+from gemma.engine import engine as engines
+from gemma.messages import Opened, Restored
+from gemma.model import load
+from gemma.model.sharding import make_mesh, sharding
+from gemma.model.transformer import Gemma
+from gemma.plan import flops, v5p
+
+Tree = Any
+NORMS = ("final_norm", "norms_P4D")  # a few kilobytes: float32, always
+FREE_SHARE = 0.85  # of a chip's memory, for weights and cache; the rest is for what is computed on the way
+CPU_CACHE_BYTES = 1 << 30
+
+
+class Server:
+    """Holds a host's share of weights and cache between verbs."""
+
+    def __init__(self, program: Program, folder: Path, cache: Path, texts: Any = None):
+        """Compiles or loads every program."""
+        assert program.serve is not None
+        self.serve, self.model, self.cache = program.serve, program.model, cache
+        started = time.monotonic()
+        self.mesh = make_mesh(program.mesh)
+        platform = self.mesh.devices.flat[0].platform
+        self.dtype = dtype_of(program.serve, platform)
+        self.limits = limits_of(program.serve, program.model, self.dtype, platform, program.mesh.tensor)
+        self.abstract = abstract_params(program.model, self.mesh, self.dtype)
+        self.engine, self.cached = engines.prepare(
+            program.model, self.abstract, self.limits, self.mesh, self.dtype, cache
+        )
+        self.seconds = {"compile": time.monotonic() - started}
+
+    def opened(self) -> Opened:
+        return Opened(share_key="", share_bytes=0)
+
+    def restore(self, _: int) -> Restored:
+        """Loads the weights. Raises WeightsError."""
+        started = time.monotonic()
+        params = load.load_params(self.serve.checkpoint, self.abstract, self.serve.step)
+        engines.load(self.engine, params)
+        self.seconds["restore"] = time.monotonic() - started
+        return Restored(
+            step=0,
+            fresh=False,
+            fingerprint="",
+            bytes_per_target=1.0,
+            step_flops=0,
+            compile_cached=self.cached,
+            platform=jax.devices()[0].platform,
+            seconds=dict(self.seconds),
+            steps=0,
+            eval_fingerprints={},
+            warnings=(),
+            limits=self.limits,
+        )
+
+    def step(self, plan: Plan) -> Answer:
+        started = time.monotonic()
+        answer = engines.receive(self.engine, engines.send(self.engine, plan))
+        return replace(answer, seconds=time.monotonic() - started)
+
+    def trouble(self) -> None:
+        """Nothing is saved, so no save fails."""
+
+
+def dtype_of(serve: Serve, platform: str) -> str:
+    return ("bfloat16" if platform == "tpu" else "float32") if serve.weights == "auto" else serve.weights
+
+
+def abstract_params(model: Model, mesh: jax.sharding.Mesh, dtype: str) -> Tree:
+    """The parameters' shapes, in the dtype that they are served in, and their places."""
+    state = nnx.state(nnx.eval_shape(lambda: Gemma(model, rngs=nnx.Rngs(0))))
+
+    def place(path: Any, leaf: nnx.Param) -> jax.ShapeDtypeStruct:
+        kept = any(str(getattr(key, "key", key)) in NORMS for key in path)
+        return jax.ShapeDtypeStruct(
+            leaf.shape, jnp.dtype("float32" if kept else dtype), sharding=sharding(mesh, leaf.axes)
+        )
+
+    placed = jax.tree_util.tree_map_with_path(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return nnx.to_pure_dict(placed)
+
+
+def limits_of(serve: Serve, model: Model, dtype: str, platform: str, tensor: int) -> Limits:
+    """The compiled shapes, and how many pages fit beside the weights. Pure: all hosts find the same."""
+    page, context = serve.page, min(serve.context or model.context, model.context)
+    context = pages_for(context, page) * page
+    chunk = min(serve.chunk, context)
+    spans = (
+        {context} if platform == "tpu" else {min(context, pages_for(size, page) * page) for size in (256, 1024, 4096)}
+    )
+    local_tokens = min(context, model.window + chunk + 2 * page)  # of a sequence
+    token_bytes = 2 * (model.layers // 2) * model.kv_heads * model.head_size * jnp.dtype(dtype).itemsize // tensor
+    local_pages = serve.slots * pages_for(local_tokens, page) + 1
+    wanted = serve.cache_tokens or serve.slots * context
+    if serve.cache_tokens is None:
+        weights = sum(flops.parameters(model)) * jnp.dtype(dtype).itemsize // tensor
+        room = v5p.HBM_BYTES * FREE_SHARE - weights if platform == "tpu" else CPU_CACHE_BYTES
+        wanted = min(wanted, int(room // token_bytes) - local_pages * page)
+    global_pages = max(pages_for(wanted, page), pages_for(context, page)) + 1
+    rows = sorted({size for size in (1, 8, 64) if size < serve.slots} | {serve.slots})
+    chunks = sorted({max(1, chunk // 16), max(1, chunk // 4), chunk})
+    return Limits(
+        serve.slots,
+        context,
+        page,
+        model.window,
+        global_pages,
+        min(local_pages, global_pages),
+        tuple(rows),
+        tuple(chunks),
+        tuple(sorted(spans | {context})),
+    )

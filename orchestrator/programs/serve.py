@@ -1,0 +1,140 @@
+"""Serving weights, on hosts that stand ready: clients' requests come in by the router, and plans go down.
+
+Hosts may die and others come: the router keeps every request with the tokens it has, and the new hosts go on with it.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from gemma.batching import schedule
+from gemma.batching.plans import Answer
+from orchestrator.chaos import chaos, faults
+from orchestrator.config import Config
+from orchestrator.exit import Exit
+from orchestrator.hosts import fleet as fleets
+from orchestrator.hosts.ready import ReadyHosts, Work
+from orchestrator.programs import pipeline as pipelines
+from orchestrator.programs.pipeline import Pipeline
+from orchestrator.record.report import Report
+from orchestrator.recovery import recover
+from orchestrator.recovery.outcome import Evidence
+from orchestrator.serving import front
+from orchestrator.serving import router as routers
+from orchestrator.serving.router import Router
+
+PLANS_UNDER_WAY = 2
+STEP_S = 0.05  # of decoding in a plan, at most: tokens come to clients so often
+MOST_STEPS = 16  # of decoding in a plan
+IDLE_S = 0.1
+ROW_EVERY_S = 1.0  # a line of metrics.jsonl
+
+
+@contextmanager
+def serving(config: Config, report: Report) -> Iterator[Work]:
+    """HTTP is answered from here on; what needs hosts waits for them, or is refused."""
+    assert config.serve is not None
+    router = Router(config.serve.queue)
+    with front.served(config, router) as address:
+        report.event("listen", address=address)
+        report.screen.say(f"serving {config.serve.name} at {address}/v1")
+        try:
+            yield partial(serve, router)
+        finally:
+            routers.give_up(router, "the server has stopped")
+
+
+def serve(router: Router, ready: ReadyHosts) -> Exit | Evidence:
+    """Until the user ends it, then until what runs is done. Raises HostsFailedError."""
+    report, group = ready.report, ready.group
+    facts = recover.stand_at(ready, [(0,)] * len(group.workers), None)
+    assert facts.limits is not None
+    routers.open_batch(router, facts.limits)
+    planned = faults.plan(ready.config.chaos, 2**31, len(group.workers))
+    pipeline, state = Pipeline(ready, report.newest), Serving(report)
+    router.stands = True
+    try:
+        while (left := reason_to_leave(router, pipeline)) is None:
+            routers.take_inbox(router)
+            if len(pipeline.sent) < PLANS_UNDER_WAY and send_plan(router, pipeline, state):
+                continue
+            if pipeline.sent:
+                receive(router, pipeline, state)
+                chaos.strike(planned, "step", group, ready.fleet, report)
+                fleets.start_spares(ready.fleet)
+            else:
+                router.arrived.wait(IDLE_S)
+            state.row(router)
+        return left
+    finally:
+        router.stands = False
+
+
+class Serving:
+    """What this attempt has measured."""
+
+    def __init__(self, report: Report):
+        self.report = report
+        self.steps: deque[int] = deque()  # decode steps of each plan under way
+        self.step_s = 0.0
+        self.written, self.tokens = time.monotonic(), 0
+
+    def row(self, router: Router) -> None:
+        """Now and then a line of metrics.jsonl."""
+        now = time.monotonic()
+        if now - self.written < ROW_EVERY_S or router.batch is None:
+            return
+        routers.show(router)
+        batch, tokens_per_s = router.batch, (router.tokens - self.tokens) / (now - self.written)
+        self.written, self.tokens = now, router.tokens
+        if tokens_per_s == 0 and not batch.running:
+            return
+        self.report.served(
+            running=len(batch.running),
+            waiting=len(batch.waiting),
+            tokens_per_s=tokens_per_s,
+            cache_used=schedule.pages_used(batch),
+            put_back=batch.put_back,
+        )
+
+
+def send_plan(router: Router, pipeline: Pipeline, state: Serving) -> bool:
+    """Whether there was something to do."""
+    assert router.batch is not None
+    timeout = pipeline.ready.config.timeout
+    steps = max(1, min(MOST_STEPS, int(STEP_S / state.step_s) if state.step_s else 1))
+    plan = schedule.plan(router.batch, steps, router.batch.limits.chunks[-1])
+    if plan.empty:
+        return False
+    pipeline.step += 1
+    state.steps.append(plan.steps)
+    pipelines.send(pipeline, "step", timeout.step_s if not state.step_s else max(timeout.hang_s, 1.0), plan)
+    return True
+
+
+def receive(router: Router, pipeline: Pipeline, state: Serving) -> None:
+    """The oldest plan's answer, to the clients."""
+    assert router.batch is not None
+    _, results = pipelines.receive(pipeline)
+    answer: Answer = results[0].value
+    if steps := state.steps.popleft():
+        state.step_s = 0.5 * (state.step_s or answer.seconds / steps) + 0.5 * answer.seconds / steps
+    state.report.newest = pipeline.step
+    routers.deliver(router, schedule.take_answer(router.batch, answer))
+
+
+def reason_to_leave(router: Router, pipeline: Pipeline) -> Exit | Evidence | None:
+    """A user who ends the server is obeyed once what runs is done, or serve.drain_s is over."""
+    left = pipelines.reason_to_leave(pipeline)
+    if left is not Exit.STOPPED:
+        return left
+    config = pipeline.ready.config
+    assert config.serve is not None
+    if not router.draining:
+        router.draining, router.drain_until = True, time.monotonic() + config.serve.drain_s
+        pipeline.ready.report.screen.say("draining: what runs is finished, nothing new is taken")
+    assert router.batch is not None
+    done = schedule.idle(router.batch) and not router.inbox and not pipeline.sent
+    return Exit.STOPPED if done or time.monotonic() > router.drain_until else None

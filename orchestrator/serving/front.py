@@ -1,0 +1,417 @@
+"""HTTP: OpenAI's routes over the router, by FastAPI on uvicorn, in a thread of the controller's process."""
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from gemma.batching import schedule
+from gemma.config import ConfigError, Serve
+from gemma.text import chat as chats
+from gemma.text import stream as streams
+from gemma.text import tokenizer as tokenizers
+from gemma.text.stream import TextStream
+from gemma.text.tokenizer import BOS, EOS, Tokenizer
+from gemma.versions import source_digest
+from orchestrator.config import Config
+from orchestrator.serving import api, metrics
+from orchestrator.serving import router as routers
+from orchestrator.serving.api import Head, RequestError, Usage, Wanted
+from orchestrator.serving.router import Router
+
+STARTS_S = 10.0
+PING_S = 15.0  # a comment in a stream that has nothing to say, so that nothing between here and the client ends it
+BODY_S = 30.0  # for a request's body to be there
+RETRY_S = 1
+UNFILTERED = {
+    **{name: {"filtered": False} for name in ("hate", "self_harm", "sexual", "violence")},
+    **{name: {"filtered": False, "detected": False} for name in ("jailbreak", "profanity")},
+}
+
+
+@dataclass(frozen=True)
+class Front:
+    config: Config
+    serve: Serve
+    router: Router
+    coder: Tokenizer
+    keys: frozenset[bytes]  # digests; empty: nobody is asked for one
+    fingerprint: str
+    started: float
+
+
+@contextmanager
+def served(config: Config, router: Router) -> Iterator[str]:
+    """HTTP is answered; gives its address. Raises ConfigError where the port or the keys cannot be had."""
+    serve = config.serve
+    assert serve is not None
+    facts = json.dumps([serve.checkpoint, serve.step, serve.weights, vars(config.model)], sort_keys=True)
+    fingerprint = "fp_" + hashlib.sha256((facts + source_digest()).encode()).hexdigest()[:12]
+    coder = tokenizers.load(config.data.tokenizer)
+    front = Front(config, serve, router, coder, keys_of(serve.api_keys), fingerprint, time.time())
+    listener = listening(serve)
+    settings = uvicorn.Config(
+        app(front), log_config=None, access_log=False, timeout_keep_alive=30, h11_max_incomplete_event_size=1 << 16
+    )
+    server = uvicorn.Server(settings)
+    thread = threading.Thread(target=server.run, args=([listener],), name="http", daemon=True)
+    thread.start()
+    deadline = time.monotonic() + STARTS_S
+    while not server.started:
+        if time.monotonic() > deadline or not thread.is_alive():
+            raise ConfigError(f"serve.port={serve.port}: the HTTP server has not started within {STARTS_S:.0f} s")
+        time.sleep(0.01)
+    host, port = listener.getsockname()[:2]
+    try:
+        yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(5.0)
+        server.force_exit = True
+        thread.join(5.0)
+        listener.close()
+
+
+def listening(serve: Serve) -> socket.socket:
+    family = socket.AF_INET6 if ":" in serve.host else socket.AF_INET
+    try:
+        return socket.create_server((serve.host, serve.port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(f"serve.host={serve.host} serve.port={serve.port}: {error.strerror}") from error
+
+
+def keys_of(path: str | None) -> frozenset[bytes]:
+    """Digests of the keys in a file, a key a line. Raises ConfigError."""
+    if path is None:
+        return frozenset()
+    try:
+        lines = Path(path).expanduser().read_text().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"serve.api_keys={path}: cannot be read ({error})") from error
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not keys:
+        raise ConfigError(f"serve.api_keys={path}: holds no key; give a key a line")
+    return frozenset(hashlib.sha256(key.encode()).digest() for key in keys)
+
+
+def app(front: Front) -> FastAPI:
+    made = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    if front.serve.cors:
+        made.add_middleware(
+            CORSMiddleware, allow_origins=list(front.serve.cors), allow_methods=["*"], allow_headers=["*"]
+        )
+
+    def refused(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestError)
+        return problem(error.message, error.status, error.param, error.code)
+
+    def missing(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return problem(str(error.detail), error.status_code)
+
+    made.add_exception_handler(RequestError, refused)
+    made.add_exception_handler(HTTPException, missing)
+    prefixes = dict.fromkeys(("/v1", front.serve.prefix))
+    for prefix in prefixes:
+        for path, is_chat in (("/chat/completions", True), ("/completions", False)):
+            made.add_api_route(prefix + path, completing(front, is_chat), methods=["POST"], response_model=None)
+        made.add_api_route(f"{prefix}/models", models(front), methods=["GET"])
+    made.add_api_route("/health", health(front), methods=["GET"])
+    made.add_api_route("/metrics", shown_metrics(front), methods=["GET"])
+    made.add_api_route("/", page, methods=["GET"])
+    return made
+
+
+def problem(message: str, status: int, param: str | None = None, code: str | None = None) -> JSONResponse:
+    headers = {"Retry-After": str(RETRY_S)} if status in (429, 503) else {}
+    return JSONResponse(api.error_body(message, status, param, code), status, headers)
+
+
+def page() -> HTMLResponse:
+    return HTMLResponse((Path(__file__).parent / "chat.html").read_text())
+
+
+def health(front: Front) -> Callable[[], Awaitable[Response]]:
+    async def answer() -> Response:
+        ok = front.router.stands and not front.router.draining
+        return JSONResponse({"status": "ok" if ok else "no replica stands"}, 200 if ok else 503)
+
+    return answer
+
+
+def models(front: Front) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        check_key(front, request)
+        limits = front.router.limits
+        one = {"id": front.serve.name, "object": "model", "created": int(front.started), "owned_by": "google"}
+        one |= {"max_model_len": limits.context if limits else None, "content_filter": "off"}
+        return JSONResponse({"object": "list", "data": [one]})
+
+    return answer
+
+
+def shown_metrics(front: Front) -> Callable[[], Awaitable[Response]]:
+    async def answer() -> Response:
+        return Response(metrics.text(front.router.metrics), media_type="text/plain; version=0.0.4")
+
+    return answer
+
+
+def check_key(front: Front, request: Request) -> None:
+    """Raises RequestError. Every key is compared, in constant time."""
+    if not front.keys:
+        return
+    kind, _, key = request.headers.get("authorization", "").partition(" ")
+    digest = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
+    right = [hmac.compare_digest(digest, one) for one in front.keys]
+    if kind.lower() != "bearer" or not any(right):
+        raise RequestError("no such API key; give it as Authorization: Bearer KEY", None, 401, "invalid_api_key")
+
+
+async def read_body(front: Front, request: Request) -> bytes:
+    """Raises RequestError for one that is too large, or too slow."""
+    most, parts, size = int(front.serve.body_mb * 1e6), [], 0
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                size += len(part)
+                if size > most:
+                    raise RequestError(f"the body has more than {most:,} bytes (serve.body_mb)", None, 413)
+                parts.append(part)
+    except TimeoutError:
+        raise RequestError(f"the body was not there within {BODY_S:.0f} s", None, 408) from None
+    return b"".join(parts)
+
+
+def completing(front: Front, chat: bool) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        check_key(front, request)
+        wanted = api.parse(await read_body(front, request), chat)
+        if wanted.model != front.serve.name:
+            said = f"model={api.shown(wanted.model)}: is not served here; allowed is {front.serve.name}"
+            raise RequestError(said, "model", 404, "model_not_found")
+        router = front.router
+        if not router.stands or router.draining or router.limits is None:
+            raise RequestError("no replica stands; try again", None, 503)
+        if router.open >= router.queue:
+            raise RequestError(f"{router.open} requests run or wait (serve.queue); try again", None, 429)
+        prompts = encoded(front, wanted, chat)
+        sequences = [one for prompt in prompts for one in made_sequences(front, wanted, prompt, chat)]
+        head = api.new_head(wanted, front.fingerprint, chat, UNFILTERED)
+        router.open += 1
+        live = Live(front, wanted, head, routers.submit(router, sequences), [len(p) for p in prompts])
+        if wanted.stream:
+            return StreamingResponse(live.events(), media_type="text/event-stream", headers=NO_BUFFER)
+        return await whole_or_gone(live, request)
+
+    return answer
+
+
+NO_BUFFER = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def encoded(front: Front, wanted: Wanted, chat: bool) -> list[tuple[int, ...]]:
+    """Raises RequestError."""
+    if chat:
+        try:
+            return [tuple(int(i) for i in chats.tokens(wanted.messages, front.coder, prompt=True))]
+        except ConfigError as error:
+            raise RequestError(str(error), "messages") from None
+    found: list[tuple[int, ...]] = []
+    for prompt in wanted.prompts:
+        if isinstance(prompt, str):
+            found.append((BOS, *(int(i) for i in front.coder.encode([prompt])[0])))
+            continue
+        if any(not 0 <= token < front.config.model.vocab for token in prompt):
+            raise RequestError(f"prompt: token ids must lie in 0..{front.config.model.vocab - 1}", "prompt")
+        found.append(prompt)
+    return found
+
+
+def made_sequences(front: Front, wanted: Wanted, prompt: tuple[int, ...], chat: bool) -> list[schedule.Sequence]:
+    """Raises RequestError where they do not fit."""
+    router, limits = front.router, front.router.limits
+    assert limits is not None
+    for token, _ in wanted.sampling.bias:
+        if token >= front.config.model.vocab:
+            raise RequestError(f"logit_bias.{token}: token ids are below {front.config.model.vocab}", "logit_bias")
+    left = limits.context - len(prompt)
+    most = wanted.max_tokens or max(1, left)
+    ends = {EOS, chats.turn_ids(front.coder)[1]} if chat else {EOS}
+    made = routers.new_sequences(router, prompt, wanted.choices, wanted.sampling, most, ends)
+    if why := schedule.refusal(limits, made[0]):
+        raise RequestError(f"messages: {why}" if chat else f"prompt: {why}", None, 400, "context_length_exceeded")
+    return made
+
+
+class Live:
+    """One request on its way to its client."""
+
+    def __init__(
+        self, front: Front, wanted: Wanted, head: Head, request: routers.Request, prompt_tokens: Sequence[int]
+    ):
+        self.front, self.wanted, self.head, self.request = front, wanted, head, request
+        self.prompt_tokens = prompt_tokens
+        self.texts = [TextStream(front.coder, wanted.stops) for _ in request.sequences]
+        self.reasons: list[str | None] = [None] * len(request.sequences)
+        self.completion = [0] * len(request.sequences)
+
+    async def changes(self) -> AsyncIterator[tuple[int, str, list[dict[str, Any]] | None, str | None] | None]:
+        """(choice, new text, its logprobs, how it ended); None where nothing came for PING_S."""
+        while None in self.reasons:
+            try:
+                part = await asyncio.wait_for(self.request.parts.get(), PING_S)
+            except TimeoutError:
+                yield None
+                continue
+            if self.reasons[part.choice] is not None:
+                continue
+            change = self.taken(part)
+            if change is not None:
+                yield change
+
+    def taken(self, part: routers.Part) -> tuple[int, str, list[dict[str, Any]] | None, str | None] | None:
+        stream, tokens = self.texts[part.choice], part.chosen.tokens if part.chosen else ()
+        self.completion[part.choice] += len(tokens)
+        text = streams.add(stream, tokens)
+        reason = part.ended
+        if stream.stopped is not None:
+            reason = "stop"
+            self.end_choice(part.choice)
+        elif reason is not None:
+            text += streams.end(stream)
+            reason = "stop" if stream.stopped is not None else reason
+        self.reasons[part.choice] = reason
+        logprobs = self.logprobs(part) if self.wanted.sampling.logprobs is not None and part.chosen else None
+        return (part.choice, text, logprobs, reason) if text or reason or logprobs else None
+
+    def end_choice(self, choice: int) -> None:
+        """A stop string was met: its sequence need not go on."""
+        one = replace_sequences(self.request, choice)
+        routers.cancel(self.front.router, one)
+
+    def logprobs(self, part: routers.Part) -> list[dict[str, Any]]:
+        assert part.chosen is not None
+        coder, count = self.front.coder, self.wanted.sampling.logprobs or 0
+        return [
+            named(coder, token, value) | {"top_logprobs": [named(coder, t, v) for t, v in top[:count]]}
+            for token, value, top in zip(part.chosen.tokens, part.chosen.logprobs, part.chosen.top, strict=True)
+        ]
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The stream, to `data: [DONE]`. A client that goes away cancels this, and with it the sequences."""
+        kind = "chat.completion.chunk" if self.head.chat else "text_completion"
+
+        def chunk(*choices: dict[str, Any]) -> bytes:
+            found = api.envelope(self.head, kind, choices)
+            return api.event(found | ({"usage": None} if self.wanted.include_usage else {}))
+
+        try:
+            if self.head.chat:
+                for index in range(len(self.texts)):
+                    yield chunk(api.part_choice(self.head, index, {"role": "assistant"}))
+            async for change in self.changes():
+                if change is None:
+                    yield b": waiting\n\n"
+                    continue
+                index, text, logprobs, reason = change
+                if reason not in (None, "stop", "length"):
+                    yield api.event(api.error_body(str(reason), 503))
+                    return
+                if text or logprobs:
+                    yield chunk(api.part_choice(self.head, index, {"content": text}, None, self.shaped(logprobs)))
+                if reason:
+                    yield chunk(api.part_choice(self.head, index, {}, reason))
+            if self.wanted.include_usage:
+                yield api.event(api.envelope(self.head, kind, ()) | {"usage": self.usage().as_json()})
+            yield api.DONE
+        finally:
+            self.close()
+
+    async def whole(self) -> Response:
+        texts = [""] * len(self.texts)
+        logprobs: list[list[dict[str, Any]]] = [[] for _ in self.texts]
+        try:
+            async for change in self.changes():
+                if change is None:
+                    continue
+                index, text, more, reason = change
+                if reason not in (None, "stop", "length"):
+                    return problem(str(reason), 503)
+                texts[index] += text
+                logprobs[index] += more or []
+        finally:
+            self.close()
+        asked = self.wanted.sampling.logprobs is not None
+        choices = [
+            api.whole_choice(self.head, n, text, str(reason), self.shaped(found) if asked else None)
+            for n, (text, reason, found) in enumerate(zip(texts, self.reasons, logprobs, strict=True))
+        ]
+        kind = "chat.completion" if self.head.chat else "text_completion"
+        return JSONResponse(api.envelope(self.head, kind, choices) | {"usage": self.usage().as_json()})
+
+    def shaped(self, found: list[dict[str, Any]] | None) -> dict[str, Any] | None:
+        if found is None:
+            return None
+        if self.head.chat:
+            return {"content": found, "refusal": None}
+        return {
+            "tokens": [one["token"] for one in found],
+            "token_logprobs": [one["logprob"] for one in found],
+            "top_logprobs": [{top["token"]: top["logprob"] for top in one["top_logprobs"]} for one in found],
+            "text_offset": [],
+        }
+
+    def usage(self) -> Usage:
+        cached = sum(one.found for one in self.request.sequences)
+        return Usage(sum(self.prompt_tokens), sum(self.completion), cached)
+
+    def close(self) -> None:
+        self.front.router.open -= 1
+        if any(one.ended is None for one in self.request.sequences):
+            routers.cancel(self.front.router, self.request)
+
+
+def replace_sequences(request: routers.Request, choice: int) -> routers.Request:
+    return replace(request, sequences=(request.sequences[choice],))
+
+
+def named(coder: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+    piece = coder.piece(token)
+    return {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece)}
+
+
+async def whole_or_gone(live: Live, request: Request) -> Response:
+    """The whole answer; cancelled once the client has gone away."""
+    answer = asyncio.ensure_future(live.whole())
+    gone = asyncio.ensure_future(disconnected(request))
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return answer.result()
+        return Response(status_code=499)
+    finally:
+        for task in (answer, gone):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+async def disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,170 @@
+"""The engine is exact: whatever it is asked together, in whatever pieces, is what the whole forward pass says."""
+
+import random
+from collections import deque
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gemma.batching import schedule
+from gemma.batching.plans import Limits, Sampling
+from gemma.batching.schedule import Batch, Sequence
+from gemma.engine import engine as engines
+from gemma.engine.engine import Engine
+from gemma.model.sharding import sharding
+from gemma.model.transformer import Gemma
+from tests import hf_cases
+
+GREEDY = Sampling(temperature=0)
+# Caps that bite, a window far shorter than the sequences, head sizes and widths that are no powers of two.
+MODELS = {
+    name: replace(model, vocab=40, context=96, window=7, attention_cap=3.0, final_cap=2.0)
+    for name, model in hf_cases.CASES.items()
+}
+CLOSE = 1e-4  # of log-probabilities in float32
+
+
+def limits(**changes: Any) -> Limits:
+    made = Limits(4, 96, 4, 7, 60, 40, rows=(4,), chunks=(4, 16), spans=(96,))
+    return replace(made, **changes)
+
+
+def opened(name: str, tensor: int, cache_dir: Path, **changes: Any) -> tuple[Gemma, Engine]:
+    model = MODELS[name]
+    gemma = Gemma(model, rngs=nnx.Rngs(1))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:tensor]).reshape(1, 1, tensor), ("replica", "fsdp", "tensor"))
+
+    def placed(leaf: nnx.Param) -> jax.Array:
+        return jax.device_put(leaf[...], sharding(mesh, leaf.axes))
+
+    params = jax.tree.map(placed, nnx.state(gemma), is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return gemma, engines.open_engine(model, nnx.to_pure_dict(params), limits(**changes), mesh, "float32", cache_dir)
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module", params=[("pairs-of-heads", 1), ("pairs-of-heads", 2), ("odd-widths", 1)], ids=str)
+def both(request: pytest.FixtureRequest, programs: Path) -> tuple[Gemma, Engine]:
+    return opened(*request.param, programs)
+
+
+def run(engine: Engine, batch: Batch, sequences: list[Sequence], seed: int = 0) -> dict[int, list[schedule.News]]:
+    """Two plans under way, of one to four decode steps; what came of each sequence, by its id."""
+    rng, flight = random.Random(seed), deque()  # type: ignore[var-annotated]
+    found: dict[int, list[schedule.News]] = {one.id: [] for one in sequences}
+    for one in sequences:
+        assert schedule.refusal(batch.limits, one) is None
+        schedule.submit(batch, one)
+    while not schedule.idle(batch) or flight:
+        plan = schedule.plan(batch, rng.randint(1, 4), 16)
+        if not plan.empty:
+            flight.append(engines.send(engine, plan))
+        if len(flight) >= 2 or plan.empty:
+            for item in schedule.take_answer(batch, engines.receive(engine, flight.popleft())):
+                found[item.sequence.id].append(item)
+    return found
+
+
+@cache
+def forward(gemma: Gemma) -> Any:
+    return nnx.jit(lambda model, tokens_BT: jax.nn.log_softmax(model(tokens_BT), axis=-1))
+
+
+def logprobs(gemma: Gemma, tokens: list[int]) -> np.ndarray:
+    """[T, V] of the whole forward pass; padded to one length, which changes nothing before."""
+    padded = jnp.zeros((1, 96), jnp.int32).at[0, : len(tokens)].set(jnp.array(tokens))
+    return np.asarray(forward(gemma)(gemma, padded)[0, : len(tokens)])
+
+
+def prompts(vocab: int, seed: int, count: int) -> list[tuple[int, ...]]:
+    rng = random.Random(seed)
+    common = [rng.randrange(4, vocab) for _ in range(40)]
+    own = [[rng.randrange(4, vocab) for _ in range(rng.randint(1, 24))] for _ in range(count)]
+    return [tuple(common[: rng.choice([0, 0, 24, 33])] + one) for one in own]
+
+
+@pytest.mark.parametrize("global_pages", [60, 26], ids=["roomy", "tight"])
+def test_greedy_tokens_are_those_of_the_whole_forward_pass(both: tuple[Gemma, Engine], global_pages: int) -> None:
+    """At lengths beyond three windows, in chunks, beside others, with beginnings that are shared, and put back."""
+    gemma, engine = both
+    batch = schedule.open_batch(replace(engine.limits, global_pages=global_pages))
+    made = [
+        Sequence(number, prompt, replace(GREEDY, logprobs=3 if number % 2 else None), 30, frozenset())
+        for number, prompt in enumerate(prompts(engine.shape.model.vocab, 0, 12))
+    ]
+    found = run(engine, batch, made)
+    assert batch.found > 0
+    assert (batch.put_back > 0) == (global_pages == 26)
+    for one in made:
+        whole = logprobs(gemma, [*one.prompt, *one.tokens])[len(one.prompt) - 1 : -1]
+        assert one.tokens == whole.argmax(axis=-1).tolist()
+        if one.sampling.logprobs is None:
+            continue
+        chosen = [item.chosen for item in found[one.id] if item.chosen]
+        got = np.array([value for part in chosen for value in part.logprobs])
+        np.testing.assert_allclose(got, whole.max(axis=-1), atol=CLOSE, rtol=0)
+        for row, top in zip(whole, [place for part in chosen for place in part.top], strict=True):
+            np.testing.assert_allclose([value for _, value in top], np.sort(row)[::-1][: len(top)], atol=CLOSE, rtol=0)
+
+
+def test_scores_are_the_log_probabilities_of_the_whole_forward_pass(both: tuple[Gemma, Engine]) -> None:
+    gemma, engine = both
+    batch = schedule.open_batch(engine.limits)
+    made = [
+        Sequence(number, (prompt * 2)[:90], GREEDY, 0, frozenset(), score_from=min(len(prompt), 5))
+        for number, prompt in enumerate(prompts(engine.shape.model.vocab, 1, 8))
+    ]
+    starts = {one.id: one.score_from for one in made}
+    found = run(engine, batch, made)
+    for one in made:
+        whole, first = logprobs(gemma, list(one.prompt)), starts[one.id]
+        assert first is not None
+        scored = [item.scored for item in found[one.id] if item.scored]
+        got = np.array([value for part in scored for value in part.logprobs])
+        targets = np.array(one.prompt[first:])
+        np.testing.assert_allclose(got, whole[np.arange(first - 1, len(one.prompt) - 1), targets], atol=CLOSE, rtol=0)
+        greedy = [flag for part in scored for flag in part.greedy]
+        assert greedy == (whole[first - 1 : -1].argmax(axis=-1) == targets).tolist()
+
+
+def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(both: tuple[Gemma, Engine]) -> None:
+    """In another slot, in other chunks, put back, and with its beginning found or computed."""
+    _, engine = both
+    sampled = Sampling(temperature=0.9, top_p=0.9, top_k=20, min_p=0.01, frequency=0.3, presence=0.2, repetition=1.2)
+    given = prompts(engine.shape.model.vocab, 2, 10)
+
+    def sequences() -> list[Sequence]:
+        return [Sequence(n, p, replace(sampled, seed=100 + n), 25, frozenset()) for n, p in enumerate(given)]
+
+    crowd, tight = sequences(), sequences()
+    run(engine, schedule.open_batch(engine.limits), crowd, seed=1)
+    batch = schedule.open_batch(replace(engine.limits, global_pages=26))
+    run(engine, batch, list(reversed(tight)), seed=2)
+    assert batch.put_back > 0
+    for one, other in zip(sequences(), crowd, strict=True):
+        run(engine, schedule.open_batch(engine.limits), [one], seed=3)
+        assert one.tokens == other.tokens == tight[one.id].tokens
+
+
+def test_nothing_is_compiled_while_plans_are_done(both: tuple[Gemma, Engine], caplog: pytest.LogCaptureFixture) -> None:
+    _, engine = both
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
+    mixed = [GREEDY, replace(GREEDY, logprobs=2), Sampling(seed=1), Sampling(seed=2, top_k=3, bias=((5, 2.0),))]
+    made = [
+        Sequence(n, p, mixed[n % 4], 6, frozenset(), score_from=2 if n == 3 else None)
+        for n, p in enumerate(prompts(engine.shape.model.vocab, 3, 8))
+    ]
+    compiled.clear()
+    run(engine, schedule.open_batch(engine.limits), made)
+    assert [event for event in compiled if "compile" in event] == []
