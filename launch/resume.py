@@ -55,9 +55,10 @@ def work() -> int:
     new |= {"optim": asdict(config.optim)}  # lengths of the schedule that were null are numbers now
     found = change.changes(configs.flatten(old), configs.flatten(new))
     change.refuse(found, config.resume.allow_data_change)
-    committed = checkpoints.resumable(folder) if config.evaluate is None else None
+    trains = config.evaluate is None and config.serve is None
+    committed = checkpoints.resumable(folder) if trains else None
     done = committed or 0
-    if config.evaluate is None and config.train.steps <= done:
+    if trains and config.train.steps <= done:
         raise ConfigError(
             f"train.steps={config.train.steps}: run {folder.name} has done {done} already;"
             f" allowed: more than {done}, as in train.steps={2 * done}"
@@ -67,7 +68,7 @@ def work() -> int:
     lock = rundir.lock(folder)  # refused here, before anything is written, where another process drives the run
     for item in found:
         print(f"resume: {item}")
-    if config.evaluate is None:
+    if trains:
         never = "" if committed else " (nothing had been saved yet)"
         print(f"resume: {change.rates(former.optim, config.optim, done, config.train.steps)}")
         print(f"resume: run {folder.name} from step {done} to {config.train.steps}{never}", flush=True)

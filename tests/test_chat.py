@@ -1,6 +1,7 @@
 """The chat format: text as the released template writes it, ids that no content can forge."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,5 +117,22 @@ def test_other_orders_are_refused_by_the_message(messages: list[tuple[str, Any]]
 
 
 def test_a_tokenizer_without_the_control_pieces_is_refused() -> None:
+    class Other:
+        vocab = 300
+
+        def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+            return [np.zeros(len(text), np.int32) for text in texts]
+
+        def piece(self, token: int) -> bytes:
+            return b""
+
     with pytest.raises(ConfigError, match="data.tokenizer: "):
-        chat.tokens(conversation("hi"), ByteTokenizer())
+        chat.tokens(conversation("hi"), Other())
+
+
+def test_bytes_have_turns_of_their_own_which_no_text_makes() -> None:
+    """So that `tiny` is served without a file."""
+    every = "".join(map(chr, range(0x250))) + "<start_of_turn><end_of_turn>"
+    ids = chat.tokens(conversation(every), ByteTokenizer(), prompt=True).tolist()
+    assert [i for i in ids if i in (1, 2, 260, 261)] == [2, 260, 261, 260]
+    assert max(ids) == 261

@@ -41,6 +41,7 @@ class Limits:
     rows: tuple[int, ...]  # of a decode step: the smallest that holds all that decode
     chunks: tuple[int, ...]  # tokens of a prefill chunk
     spans: tuple[int, ...]  # positions that a global layer looks at: the smallest that holds the longest sequence
+    scores: bool = True  # whether programs that score are compiled
 
     def span(self, positions: int) -> int:
         """The smallest that holds so many; what is computed beyond the context goes to page 0."""

@@ -6,7 +6,9 @@ on the devices from step to step: a plan can be sent before the answer of the on
 R rows, T tokens of a chunk, B slots, V vocabulary, J pages of a row.
 """
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,9 +71,8 @@ def open_engine(model: Model, params: Tree, limits: Limits, mesh: jax.sharding.M
 
 def load(engine: Engine, params: Tree) -> None:
     """Gives the engine its weights, and an empty cache."""
-    engine.weights = jax.jit(partial(unstacked, model=engine.shape.model))(params)
-    empty = partial(fresh, engine.shape, engine.limits)
-    engine.state = jax.jit(empty, out_shardings=places(engine.shape, engine.mesh))()
+    engine.weights = engine.programs["unstack", 1](params)
+    engine.state = engine.programs["fresh", 1]()
     engine.with_logprobs.clear()
 
 
@@ -101,6 +102,27 @@ def places(shape: Shape, mesh: jax.sharding.Mesh) -> Tree:
     return found
 
 
+@dataclass(frozen=True)
+class Place:
+    """The place of an array, and of what an index of its first axis gives."""
+
+    mesh: jax.sharding.Mesh
+    axes: tuple[Any, ...]
+
+    def __getitem__(self, _: int) -> "Place":
+        return Place(self.mesh, self.axes[1:])
+
+    @property
+    def sharding(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*self.axes))
+
+
+def place_of(leaf: jax.ShapeDtypeStruct) -> Place:
+    given = leaf.sharding
+    assert isinstance(given, NamedSharding)
+    return Place(given.mesh, tuple(given.spec) + (None,) * (len(leaf.shape) - len(given.spec)))  # type: ignore[arg-type]
+
+
 def prepare(
     model: Model, params: Tree, limits: Limits, mesh: jax.sharding.Mesh, dtype: str, cache: Path
 ) -> tuple[Engine, bool]:
@@ -108,13 +130,19 @@ def prepare(
     shape = Shape(model, limits.page, dtype, mesh.devices.flat[0].platform)
     engine = Engine(limits, shape, mesh, None, None, {}, set())
     weights = jax.eval_shape(partial(unstacked, model=model), params)
-    layout = jax.jit(partial(unstacked, model=model)).lower(params).compile().output_shardings
+    layout = jax.tree.map(lambda place: place.sharding, unstacked(jax.tree.map(place_of, params), model))
     placed = partial(jax.tree.map, lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at))
     weights = placed(weights, layout)
     abstract = placed(jax.eval_shape(partial(fresh, shape, limits)), places(shape, mesh))
     state, vocabulary = places(shape, mesh), NamedSharding(mesh, PartitionSpec(*VOCABULARY))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    outs = {"admit": state, "pick": (state, everywhere), "decode": (state, vocabulary)}
+    outs = {
+        "unstack": layout,
+        "fresh": state,
+        "admit": state,
+        "pick": (state, everywhere),
+        "decode": (state, vocabulary),
+    }
     outs |= {"prefill": (state, vocabulary, None), "score": (state, vocabulary, everywhere)}
     jitted: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
     one = partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -127,22 +155,28 @@ def prepare(
         for T in limits.chunks:
             given = weights, abstract, *row_shapes(limits, 1, T, span, one)[1:], one((1, T)), one((1,))
             jitted["prefill", T, span] = partial(prefill, shape, False), given
-            jitted["score", T, span] = partial(prefill, shape, True), (*given, one((1, T)))
+            if limits.scores:
+                jitted["score", T, span] = partial(prefill, shape, True), (*given, one((1, T)))
     for R in sorted({1, *limits.rows}):
         logits_RV = jax.ShapeDtypeStruct((R, shape.model.vocab), jnp.float32, sharding=vocabulary)
         for logprobs in (False, True):
             jitted["pick", R, logprobs] = partial(pick, logprobs), (abstract, one((R,)), one((R,)), logits_RV)
     numbers = sampling.no_numbers(1)
     V = shape.model.vocab
+    jitted["unstack", 1] = partial(unstacked, model=model), (params,)
+    jitted["fresh", 1] = partial(fresh, shape, limits), ()
     jitted["admit", 1] = admit, (abstract, np.int32(0), numbers, np.zeros(V, np.int16), np.zeros(V, bool))
-    every = True
-    for name, (function, arguments) in jitted.items():
-        donated = 0 if name[0] in ("admit", "pick") else 1
+    facts = (shape, limits, tuple(mesh.shape.items()))
+
+    def compiled(name: tuple[Any, ...]) -> bool:
+        function, arguments = jitted[name]
+        donated = {"admit": 0, "pick": 0, "unstack": (), "fresh": ()}.get(name[0], 1)
         program = jax.jit(function, donate_argnums=donated, out_shardings=outs[name[0]])
-        facts = (shape, limits, tuple(mesh.shape.items()))
         engine.programs[name], there = aot.compiled("-".join(map(str, name)), program, arguments, facts, cache)
-        every = every and there
-    return engine, every
+        return there
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return engine, all(list(pool.map(compiled, jitted)))  # every one, also after one that was not there
 
 
 def row_shapes(limits: Limits, R: int, T: int, span: int, one: Any) -> tuple[Any, ...]:

@@ -122,4 +122,5 @@ def limits_of(serve: Serve, model: Model, dtype: str, platform: str, tensor: int
         tuple(rows),
         tuple(chunks),
         tuple(sorted(spans | {context})),
+        scores=False,
     )

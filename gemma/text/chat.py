@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemma.config import ConfigError
-from gemma.text.tokenizer import BOS, EOS, ByteTokenizer, SentencePiece, Tokenizer
+from gemma.text.tokenizer import BOS, EOS, PAD, ByteTokenizer, SentencePiece, Tokenizer
 
 START_OF_TURN, END_OF_TURN = 106, 107
 CONTROL = {"<start_of_turn>": START_OF_TURN, "<end_of_turn>": END_OF_TURN, "<bos>": BOS, "<eos>": EOS, "<pad>": 0}
@@ -102,7 +102,7 @@ def plain(content: str, coder: Tokenizer) -> list[int]:
     for name in CONTROL:
         pieces = [part for piece in pieces for part in apart(piece, name)]
     ids = [int(i) for row in coder.encode(pieces) for i in row]
-    forged = set(CONTROL.values()) & set(ids)
+    forged = {PAD, BOS, EOS, *turn_ids(coder)} & set(ids)
     if forged:
         raise ConfigError(f"data.tokenizer: makes the control ids {sorted(forged)} of plain text")
     return ids

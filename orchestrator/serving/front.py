@@ -120,9 +120,9 @@ def app(front: Front) -> FastAPI:
         assert isinstance(error, RequestError)
         return problem(error.message, error.status, error.param, error.code)
 
-    def missing(_: Request, error: Exception) -> Response:
+    def missing(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return problem(str(error.detail), error.status_code)
+        return problem(f"{request.method} {request.url.path[:100]}: {error.detail}", error.status_code)
 
     made.add_exception_handler(RequestError, refused)
     made.add_exception_handler(HTTPException, missing)
@@ -250,8 +250,10 @@ def made_sequences(front: Front, wanted: Wanted, prompt: tuple[int, ...], chat: 
     for token, _ in wanted.sampling.bias:
         if token >= front.config.model.vocab:
             raise RequestError(f"logit_bias.{token}: token ids are below {front.config.model.vocab}", "logit_bias")
-    left = limits.context - len(prompt)
-    most = wanted.max_tokens or max(1, left)
+    if len(prompt) >= limits.context:
+        said = f"{len(prompt)} tokens; the context is {limits.context}, and at least one token is to be chosen"
+        raise RequestError(f"{'messages' if chat else 'prompt'}: {said}", None, 400, "context_length_exceeded")
+    most = wanted.max_tokens or limits.context - len(prompt)
     ends = {EOS, chats.turn_ids(front.coder)[1]} if chat else {EOS}
     made = routers.new_sequences(router, prompt, wanted.choices, wanted.sampling, most, ends)
     if why := schedule.refusal(limits, made[0]):

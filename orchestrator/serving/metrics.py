@@ -2,7 +2,14 @@
 
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
 PREFIX = "gemma"
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -25,6 +32,7 @@ class Metrics:
 
 
 def new_metrics() -> Metrics:
+    disable_created_metrics()  # when each began is of no interest
     registry = CollectorRegistry()
 
     def name(what: str) -> str:

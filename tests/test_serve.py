@@ -1,0 +1,240 @@
+"""A server as a user starts it: OpenAI's own client against it, hosts killed under its streams, and its end."""
+
+import asyncio
+import json
+import random
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from orchestrator.record import rundir
+from tests.runs import finish, kill_worker, launch, orphaned_folders, wait_for
+
+MODEL = "gemma-2"
+SMALL = ["serve.slots=8", "serve.context=256", "serve.chunk=64", "serve.port=0", "wandb.mode=disabled"]
+PROMPTS = ["import ", "def main(", "class Error", "for line in", "return self.", "    if not ", "raise ValueError("]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a short run lies."""
+    root = tmp_path_factory.mktemp("runs")
+    small = ["train.steps=20", "checkpoint.every=20", "eval.every=0", "optim.warmup_steps=5", "wandb.mode=disabled"]
+    finish(launch("train", f"run.root={root}", "run.id=trained", "cluster.slice=v5p-8", "mesh.fsdp=4", *small), 0)
+    return root
+
+
+def started(root: Path, name: str, *more: str) -> tuple[subprocess.Popen[str], str]:
+    """The command and its address, once it answers."""
+    process = launch("serve", "run=trained", f"run.root={root}", f"run.id={name}", *SMALL, *more)
+    folder = root / name
+
+    def address() -> str | None:
+        return next((e["address"] for e in rundir.events(folder) if e["event"] == "listen"), None)
+
+    wait_for(lambda: address() is not None and healthy(str(address())), "a replica", process)
+    return process, str(address())
+
+
+def healthy(address: str) -> bool:
+    return asked(address, "/health")[0] == 200
+
+
+def asked(address: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any]:
+    request = urllib.request.Request(address + path, body, {"Content-Type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+    except OSError:
+        return 0, None
+
+
+@pytest.fixture(scope="module")
+def server(root: Path) -> Iterator[str]:
+    before = orphaned_folders()
+    process, address = started(root, "server")
+    yield address
+    process.send_signal(signal.SIGTERM)
+    finish(process, 3)
+    assert orphaned_folders() <= before
+
+
+def client(address: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def chat(address: str, content: str, **more: Any) -> Any:
+    given = {"model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": 40, "temperature": 0}
+    return client(address).chat.completions.create(**given | more)  # type: ignore[call-overload]
+
+
+def streamed(address: str, content: str, **more: Any) -> tuple[str, list[Any]]:
+    chunks = list(chat(address, content, stream=True, **more))
+    return "".join(c.choices[0].delta.content or "" for c in chunks if c.choices), chunks
+
+
+def test_openai_s_client_gets_an_answer_in_the_api_s_form(server: str) -> None:
+    found = chat(server, "Hello", max_tokens=7)
+    assert found.id.startswith("chat-")
+    assert len(found.id) == 37
+    assert (found.object, found.model) == ("chat.completion", MODEL)
+    assert abs(found.created - time.time()) < 100
+    (choice,) = found.choices
+    assert (choice.index, choice.message.role, choice.finish_reason) == (0, "assistant", "length")
+    assert choice.content_filter_results["hate"] == {"filtered": False}
+    usage = found.usage
+    assert usage.completion_tokens == 7
+    assert usage.total_tokens == usage.prompt_tokens + 7
+    assert found.system_fingerprint.startswith("fp_")
+
+
+@pytest.mark.parametrize("prefix", ["/v1", "/v3/openai"])
+def test_a_stream_is_the_answer_in_parts(server: str, prefix: str) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 30, "temperature": 0}
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    status, raw = asked(server, f"{prefix}/chat/completions", json.dumps(body | options).encode())
+    assert status == 200
+    events = raw.decode().split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2] if not event.startswith(":")]
+    assert len({(chunk["id"], chunk["created"]) for chunk in chunks}) == 1
+    first, *parts, last, usage = chunks
+    assert first["choices"][0]["delta"] == {"role": "assistant"}
+    assert all(part["choices"][0]["delta"].keys() == {"content"} for part in parts)
+    assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == ({}, "length")
+    assert (usage["choices"], usage["usage"]["completion_tokens"]) == ([], 30)
+    text = "".join(part["choices"][0]["delta"]["content"] for part in parts)
+    assert text == chat(server, "Hello", max_tokens=30).choices[0].message.content
+
+
+def test_a_seed_and_its_choices_are_the_same_again_whoever_else_asks(server: str) -> None:
+    async def crowd() -> list[Any]:
+        asking = openai.AsyncOpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+        given = {"model": MODEL, "max_tokens": 40, "temperature": 1.0, "n": 2}
+        return await asyncio.gather(
+            *(
+                asking.chat.completions.create(
+                    messages=[{"role": "user", "content": PROMPTS[n % 7]}],
+                    seed=n % 7,
+                    **given,  # type: ignore[call-overload]
+                )
+                for n in range(28)
+            )
+        )
+
+    alone = [
+        [c.message.content for c in chat(server, PROMPTS[n], seed=n, temperature=1.0, n=2).choices] for n in range(7)
+    ]
+    assert all(first != second for first, second in alone)
+    for n, found in enumerate(asyncio.run(crowd())):
+        assert [choice.message.content for choice in found.choices] == alone[n % 7]
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_shown(server: str) -> None:
+    whole = chat(server, "Hello", max_tokens=60).choices[0].message.content
+    stop = whole[10:13]
+    cut, chunks = streamed(server, "Hello", max_tokens=60, stop=[stop])
+    assert cut == whole[: whole.index(stop)]
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (b"{", 400, "not JSON"),
+        (b'{"model": "other", "messages": [{"role": "user", "content": "x"}]}', 404, 'model="other"'),
+        (b'{"model": "gemma-2", "messages": [{"role": "assistant", "content": "x"}]}', 400, "must be user"),
+        (
+            b'{"model": "gemma-2", "messages": [{"role": "user", "content": "' + b"x" * 300 + b'"}]}',
+            400,
+            "context is 256",
+        ),
+        (b" " * 11_000_000, 413, "serve.body_mb"),
+    ],
+)
+def test_a_bad_request_is_refused_in_openai_s_form(server: str, body: bytes, status: int, said: str) -> None:
+    code, found = asked(server, "/v1/chat/completions", body)
+    assert code == status
+    assert said in found["error"]["message"]
+    assert found["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_a_client_that_goes_away_frees_its_slot(server: str) -> None:
+    def running() -> float:
+        text = asked(server, "/metrics")[1].decode()
+        names = ("gemma:num_requests_running ", "gemma:num_requests_waiting ")
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(names))
+
+    host, port = server.removeprefix("http://").split(":")
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 200, "n": 8}
+    for stream in (True, False):
+        raw = json.dumps(body | {"stream": stream}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n".encode()
+        for _ in range(20):
+            with socket.create_connection((host, int(port))) as gone:
+                gone.sendall(head + raw)
+                time.sleep(random.uniform(0, 0.05))
+    deadline = time.monotonic() + 10
+    while chat(server, "Hi", max_tokens=1) is None or running():
+        assert time.monotonic() < deadline, "the slots are free again"
+        time.sleep(0.2)
+
+
+def test_streams_outlive_their_hosts_with_the_tokens_they_would_have_had(root: Path) -> None:
+    process, address = started(root, "killed")
+    undisturbed = [streamed(address, prompt, max_tokens=150)[0] for prompt in PROMPTS]
+
+    async def all_streams() -> list[str]:
+        asking = openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
+
+        async def one(prompt: str) -> str:
+            given = {"model": MODEL, "max_tokens": 150, "temperature": 0, "stream": True}
+            stream = await asking.chat.completions.create(messages=[{"role": "user", "content": prompt}], **given)  # type: ignore[call-overload]
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+        streams = [asyncio.ensure_future(one(prompt)) for prompt in PROMPTS]
+        await asyncio.sleep(0.3)
+        kill_worker(root / "killed", 0)
+        return await asyncio.gather(*streams)
+
+    assert asyncio.run(all_streams()) == undisturbed
+    failures = [event for event in rundir.events(root / "killed") if event["event"] == "failure"]
+    assert len(failures) == 1
+    process.send_signal(signal.SIGTERM)
+    finish(process, 3)
+
+
+def test_the_end_finishes_what_runs_and_takes_nothing_new(root: Path) -> None:
+    process, address = started(root, "drained")
+    whole = chat(address, "Hello", max_tokens=200).choices[0].message.content
+    stream = chat(address, "Hello", max_tokens=200, stream=True)
+    parts = [next(stream).choices[0].delta.content or "" for _ in range(2)]
+    process.send_signal(signal.SIGTERM)
+    wait_for(lambda: asked(address, "/health")[0] != 200, "draining", process)
+    code, found = asked(address, "/v1/chat/completions", json.dumps({"model": MODEL, "messages": []}).encode())
+    assert code in (0, 400, 503), found
+    parts += [chunk.choices[0].delta.content or "" for chunk in stream]
+    assert "".join(parts) == whole
+    finish(process, 3)
+
+
+def test_keys_are_asked_for_and_kept(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("right-key\nother-key\n")
+    process, address = started(root, "keys", f"serve.api_keys={tmp_path / 'keys'}")
+    for key, status in (("right-key", 200), ("other-key", 200), ("wrong", 401), ("", 401)):
+        assert asked(address, "/v1/models", Authorization=f"Bearer {key}")[0] == status
+    process.send_signal(signal.SIGTERM)
+    finish(process, 3)
+    for path in (root / "keys").rglob("*"):
+        assert not path.is_file() or b"right-key" not in path.read_bytes()
