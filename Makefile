@@ -8,12 +8,17 @@ RUN := .venv/bin/python
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: install train test soak check format
+.PHONY: install train serve test soak check format
 install: .venv/installed
 
 # Gemma 2, tiny, on a simulated v5p-16, on real text.
 train: install
 	$(RUN) -m launch.train model=tiny
+
+# OpenAI's API and a chat page at http://127.0.0.1:8000, with what was trained last; trains `tiny` where nothing was.
+serve: install
+	ls runs/*/checkpoints/* > /dev/null 2>&1 || $(RUN) -m launch.train model=tiny
+	$(RUN) -m launch.serve run=latest
 
 test: install
 	$(RUN) -m pytest

@@ -170,7 +170,7 @@ def prepare(
 
     def compiled(name: tuple[Any, ...]) -> bool:
         function, arguments = jitted[name]
-        donated = {"admit": 0, "pick": 0, "unstack": (), "fresh": ()}.get(name[0], 1)
+        donated: tuple[int, ...] = {"admit": (0,), "pick": (0,), "unstack": (), "fresh": ()}.get(name[0], (1,))
         program = jax.jit(function, donate_argnums=donated, out_shardings=outs[name[0]])
         engine.programs[name], there = aot.compiled("-".join(map(str, name)), program, arguments, facts, cache)
         return there
