@@ -79,11 +79,13 @@ def load(engine: Engine, params: Tree) -> None:
 def fresh(shape: Shape, limits: Limits) -> State:
     model, dtype = shape.model, jnp.dtype(shape.dtype)
     pages = [limits.local_pages if layer % 2 == 0 else limits.global_pages for layer in range(model.layers)]
-    of = [jnp.zeros((model.kv_heads, count, limits.page, model.head_size), dtype) for count in pages]
+    K, H = model.kv_heads, model.head_size
+    keys = tuple(jnp.zeros((K, count, H, limits.page), dtype) for count in pages)
+    values = tuple(jnp.zeros((K, count, limits.page, H), dtype) for count in pages)
     B, V = limits.slots, model.vocab
     numbers = jax.tree.map(jnp.asarray, sampling.no_numbers(B))
     return State(
-        Cache(tuple(of), tuple(jnp.zeros_like(x) for x in of)),
+        Cache(keys, values),
         jnp.zeros(B, jnp.int32),
         jnp.zeros((B, V), jnp.int16),
         jnp.zeros((B, V), bool),
@@ -127,7 +129,7 @@ def prepare(
     model: Model, params: Tree, limits: Limits, mesh: jax.sharding.Mesh, dtype: str, cache: Path
 ) -> tuple[Engine, bool]:
     """Compiles every program, or reads it from disk; whether all were there. params: jax.ShapeDtypeStruct, placed."""
-    shape = Shape(model, limits.page, dtype, mesh.devices.flat[0].platform)
+    shape = Shape(model, dtype, mesh)
     engine = Engine(limits, shape, mesh, None, None, {}, set())
     weights = jax.eval_shape(partial(unstacked, model=model), params)
     layout = jax.tree.map(lambda place: place.sharding, unstacked(jax.tree.map(place_of, params), model))
@@ -166,7 +168,7 @@ def prepare(
     jitted["unstack", 1] = partial(unstacked, model=model), (params,)
     jitted["fresh", 1] = partial(fresh, shape, limits), ()
     jitted["admit", 1] = admit, (abstract, np.int32(0), numbers, np.zeros(V, np.int16), np.zeros(V, bool))
-    facts = (shape, limits, tuple(mesh.shape.items()))
+    facts = (model, dtype, limits, tuple(mesh.shape.items()))
 
     def compiled(name: tuple[Any, ...]) -> bool:
         function, arguments = jitted[name]

@@ -8,10 +8,12 @@ are those that training has (`gemma.model.transformer`): what defines the model 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from gemma.config import Model
 from gemma.model.attention import MASKED, rope, soft_cap
@@ -21,10 +23,12 @@ Tree = Any
 
 
 class Cache(NamedTuple):
-    """Keys and values of all sequences: of each layer [K, pages, page, H]."""
+    """Keys and values of all sequences, of each layer. A page of keys lies with its positions side by side: products
+    with one query run along them.
+    """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    keys: tuple[jax.Array, ...]  # [K, pages, H, page]
+    values: tuple[jax.Array, ...]  # [K, pages, page, H]
 
 
 class Rows(NamedTuple):
@@ -38,10 +42,16 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
+    """What the programs are built from."""
+
     model: Model
-    page: int
     dtype: str
-    platform: str
+    mesh: jax.sharding.Mesh
+
+    @property
+    def platform(self) -> str:
+        """Of the devices that it is compiled for."""
+        return str(self.mesh.devices.flat[0].platform)
 
 
 def unstacked(params: Tree, model: Model) -> Tree:
@@ -91,10 +101,14 @@ def attention(
     )
     k_RTKH = rope(k_RTKH, rows.position_RT, model.rope_base, shape.platform)
     pages_RJ, first_R = (rows.local_RJ, rows.first_R) if local else (rows.global_RJ, jnp.zeros_like(rows.first_R))
-    keys = written(keys, k_RTKH, pages_RJ, first_R, rows.position_RT)
-    values = written(values, v_RTKH, pages_RJ, first_R, rows.position_RT)
-    window = model.window if local else None
-    out_RTNH = attend(q_RTNH, keys, values, pages_RJ, first_R, rows.position_RT, window, model.attention_cap)
+    over_pages = partial(attend_pages, window=model.window if local else None, cap=model.attention_cap)
+    if shape.mesh.shape["tensor"] > 1:  # each device has its own heads, and their pages
+        everywhere, heads, cut = P(), P(None, None, "tensor"), P("tensor")
+        places = (heads, heads, heads, cut, cut, everywhere, everywhere, everywhere)
+        over_pages = jax.shard_map(
+            over_pages, mesh=shape.mesh, in_specs=places, out_specs=(heads, cut, cut), check_vma=False
+        )
+    out_RTNH, keys, values = over_pages(q_RTNH, k_RTKH, v_RTKH, keys, values, pages_RJ, first_R, rows.position_RT)
     R, T, D = x_RTD.shape
     return (out_RTNH.reshape(R * T, -1) @ at["o_NHD"].reshape(-1, D)).reshape(R, T, D), keys, values
 
@@ -110,15 +124,29 @@ def mlp(at: Tree, x_RTD: jax.Array) -> jax.Array:
     return (geglu(x_RD @ at["gate_DF"], x_RD @ at["up_DF"]) @ at["down_FD"]).reshape(R, T, D)
 
 
-def written(
-    cache: jax.Array, new_RTKH: jax.Array, pages_RJ: jax.Array, first_R: jax.Array, position_RT: jax.Array
-) -> jax.Array:
-    """The cache with each position's keys or values at its place; what has no position, or no page, goes to page 0."""
-    page = cache.shape[2]
+def attend_pages(
+    q_RTNH: jax.Array,
+    k_RTKH: jax.Array,
+    v_RTKH: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    pages_RJ: jax.Array,
+    first_R: jax.Array,
+    position_RT: jax.Array,
+    window: int | None,
+    cap: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """out_RTNH, and keys and values with the chunk's own written to its pages. first_R: the number of a row's first
+    page. What has no position, or no page, goes to page 0.
+    """
+    page = values.shape[2]
     index_RT = position_RT // page - first_R[:, None]
-    fits = (position_RT >= 0) & (index_RT < pages_RJ.shape[1])
-    page_RT = jnp.where(fits, jnp.take_along_axis(pages_RJ, jnp.clip(index_RT, 0, pages_RJ.shape[1] - 1), axis=1), 0)
-    return cache.at[:, page_RT, position_RT % page].set(new_RTKH.transpose(2, 0, 1, 3).astype(cache.dtype))
+    fits_RT = (position_RT >= 0) & (index_RT < pages_RJ.shape[1])
+    at_RT = jnp.take_along_axis(pages_RJ, jnp.clip(index_RT, 0, pages_RJ.shape[1] - 1), axis=1)
+    page_RT, offset_RT = jnp.where(fits_RT, at_RT, 0), position_RT % page
+    keys = keys.at[:, page_RT, :, offset_RT].set(k_RTKH.astype(keys.dtype))
+    values = values.at[:, page_RT, offset_RT].set(v_RTKH.transpose(2, 0, 1, 3).astype(values.dtype))
+    return attend(q_RTNH, keys, values, pages_RJ, first_R, position_RT, window, cap), keys, values
 
 
 def attend(
@@ -131,23 +159,31 @@ def attend(
     window: int | None,
     cap: float,
 ) -> jax.Array:
-    """out_RTNH. A row looks at all positions of its pages; what lies beyond the query, or before its window, is masked.
+    """A row looks at all positions of its pages; what lies beyond the query, or before its window, is masked.
 
-    By XLA: the pages of each row are gathered, and kv heads are the first axis, so that nothing is transposed.
+    By XLA. Pages are gathered by one index over heads and pages, so that they come in the order in which they are read
+    (by two, XLA copies them once more). Few queries are multiplied and summed, where the products of a matrix with one
+    row have no fast form on CPUs.
     """
     R, T, N, H = q_RTNH.shape
-    K, _, page, _ = keys.shape
-    S = pages_RJ.shape[1] * page
-    k_KRSH, v_KRSH = (cache[:, pages_RJ].reshape(K, R, S, H).astype(q_RTNH.dtype) for cache in (keys, values))
-    q_KRtH = q_RTNH.reshape(R, T, K, N // K, H).transpose(2, 0, 1, 3, 4).reshape(K, R, T * (N // K), H)
-    logits_KRtS = jnp.einsum("KRtH,KRSH->KRtS", q_KRtH, k_KRSH, preferred_element_type=jnp.float32)
-    at_RS = first_R[:, None] * page + jnp.arange(S)
-    behind_RTS = position_RT[:, :, None] - at_RS[:, None, :]
-    seen_RTS = behind_RTS >= 0
+    (K, count, page, _), J = values.shape, pages_RJ.shape[1]
+    G, dtype = N // K, q_RTNH.dtype
+    at_KRJ = jnp.arange(K)[:, None, None] * count + pages_RJ
+    k_KRJHp = keys.reshape(K * count, H, page)[at_KRJ].astype(dtype)
+    v_KRJpH = values.reshape(K * count, page, H)[at_KRJ].astype(dtype)
+    q_KRtH = q_RTNH.reshape(R, T, K, G, H).transpose(2, 0, 1, 3, 4).reshape(K, R, T * G, H)
+    if T == 1:
+        products = q_KRtH[:, :, :, None, :, None].astype(jnp.float32) * k_KRJHp[:, :, None].astype(jnp.float32)
+        logits_KRtJp = jnp.sum(products, axis=4)
+    else:
+        logits_KRtJp = jnp.einsum("KRtH,KRJHp->KRtJp", q_KRtH, k_KRJHp, preferred_element_type=jnp.float32)
+    at_RJp = (first_R[:, None] * page + jnp.arange(J * page)).reshape(R, J, page)
+    behind_RTJp = position_RT[:, :, None, None] - at_RJp[:, None]
+    seen_RTJp = behind_RTJp >= 0
     if window is not None:
-        seen_RTS &= behind_RTS < window
-    seen_RtS = jnp.repeat(seen_RTS, N // K, axis=1)
-    logits_KRtS = jnp.where(seen_RtS, soft_cap(logits_KRtS, cap), MASKED)
-    weights_KRtS = jax.nn.softmax(logits_KRtS, axis=-1).astype(q_RTNH.dtype)
-    out_KRtH = jnp.einsum("KRtS,KRSH->KRtH", weights_KRtS, v_KRSH)
-    return out_KRtH.reshape(K, R, T, N // K, H).transpose(1, 2, 0, 3, 4).reshape(R, T, N, H)
+        seen_RTJp &= behind_RTJp < window
+    seen_RtJp = jnp.repeat(seen_RTJp, G, axis=1)
+    logits_KRtJp = jnp.where(seen_RtJp, soft_cap(logits_KRtJp, cap), MASKED)
+    weights_KRtJp = jax.nn.softmax(logits_KRtJp, axis=(3, 4)).astype(dtype)
+    out_KRtH = jnp.einsum("KRtJp,KRJpH->KRtH", weights_KRtJp, v_KRJpH)
+    return out_KRtH.reshape(K, R, T, G, H).transpose(1, 2, 0, 3, 4).reshape(R, T, N, H)
