@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gemma.batching.plans import MOST_LOGPROBS, Admit, Answer, Chosen, Chunk, Limits, Plan, Row, Scored, Table
 from gemma.config import Model
 from gemma.engine import sampling
-from gemma.engine.forward import Cache, Rows, Shape, hidden, unstacked
+from gemma.engine.forward import FEWEST_ROWS, Cache, Rows, Shape, hidden, unstacked
 from gemma.model.transformer import float32_means_float32, logits
 from gemma.train import aot
 
@@ -62,7 +62,7 @@ class Engine:
 
 
 def open_engine(model: Model, params: Tree, limits: Limits, mesh: jax.sharding.Mesh, dtype: str, cache: Path) -> Engine:
-    """params: as `gemma.model.load.load_params` gives them, in `dtype` and placed on the mesh."""
+    """params: as `gemma.model.load.load_params` gives them, placed on the mesh. dtype: in which it is computed."""
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
     engine, _ = prepare(model, abstract, limits, mesh, dtype, cache)
     load(engine, params)
@@ -168,7 +168,8 @@ def prepare(
     jitted["unstack", 1] = partial(unstacked, model=model), (params,)
     jitted["fresh", 1] = partial(fresh, shape, limits), ()
     jitted["admit", 1] = admit, (abstract, np.int32(0), numbers, np.zeros(V, np.int16), np.zeros(V, bool))
-    facts = (model, dtype, limits, tuple(mesh.shape.items()))
+    held = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(params))
+    facts = (model, dtype, held, limits, tuple(mesh.shape.items()))
 
     def compiled(name: tuple[Any, ...]) -> bool:
         function, arguments = jitted[name]
@@ -190,8 +191,8 @@ def decode(shape: Shape, weights: Tree, state: State, slot_R: jax.Array, rows: R
     """The logits after one token more of each row. A row without a position is nobody's."""
     with float32_means_float32(shape.dtype):
         x_R1D, cache = hidden(shape, weights, state.cache, state.token_B[slot_R][:, None], rows)
-        logits_R1V = logits(x_R1D, weights["embedding_VD"], shape.model.final_cap)
-    return state._replace(cache=cache), logits_R1V[:, 0]
+        logits_RV = last_logits(shape, weights, x_R1D[:, 0])
+    return state._replace(cache=cache), logits_RV
 
 
 def prefill(
@@ -210,9 +211,17 @@ def prefill(
     with float32_means_float32(shape.dtype):
         x_RTD, cache = hidden(shape, weights, state.cache, tokens_RT, rows)
         x_R1D = jnp.take_along_axis(x_RTD, (count_R - 1)[:, None, None], axis=1)
-        logits_R1V = logits(x_R1D, weights["embedding_VD"], shape.model.final_cap)
+        logits_RV = last_logits(shape, weights, x_R1D[:, 0])
         scores = score(shape, weights, x_RTD, target_RT) if scored and target_RT is not None else None
-    return state._replace(cache=cache), logits_R1V[:, 0], scores
+    return state._replace(cache=cache), logits_RV, scores
+
+
+def last_logits(shape: Shape, weights: Tree, x_RD: jax.Array) -> jax.Array:
+    """Capped float32 logits_RV."""
+    embedding_VD = weights["embedding_VD"]
+    R, few = len(x_RD), FEWEST_ROWS if x_RD.dtype != embedding_VD.dtype else 0
+    x_RD = jnp.pad(x_RD.astype(embedding_VD.dtype), ((0, max(0, few - R)), (0, 0)))
+    return logits(x_RD[None], embedding_VD, shape.model.final_cap)[0, :R]
 
 
 def score(shape: Shape, weights: Tree, x_RTD: jax.Array, target_RT: jax.Array) -> tuple[jax.Array, jax.Array]:

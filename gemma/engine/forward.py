@@ -20,6 +20,7 @@ from gemma.model.attention import MASKED, rope, soft_cap
 from gemma.model.transformer import geglu, rms_norm
 
 Tree = Any
+FEWEST_ROWS = 8
 
 
 class Cache(NamedTuple):
@@ -45,7 +46,7 @@ class Shape:
     """What the programs are built from."""
 
     model: Model
-    dtype: str
+    dtype: str  # of what is computed and kept; the weights' may be another
     mesh: jax.sharding.Mesh
 
     @property
@@ -110,18 +111,29 @@ def attention(
         )
     out_RTNH, keys, values = over_pages(q_RTNH, k_RTKH, v_RTKH, keys, values, pages_RJ, first_R, rows.position_RT)
     R, T, D = x_RTD.shape
-    return (out_RTNH.reshape(R * T, -1) @ at["o_NHD"].reshape(-1, D)).reshape(R, T, D), keys, values
+    return product(out_RTNH.reshape(R * T, -1), at["o_NHD"].reshape(-1, D)).reshape(R, T, D), keys, values
 
 
 def project(x_RTD: jax.Array, weight: jax.Array) -> jax.Array:
     R, T, D = x_RTD.shape
-    return (x_RTD.reshape(R * T, D) @ weight.reshape(D, -1)).reshape(R, T, *weight.shape[1:])
+    return product(x_RTD.reshape(R * T, D), weight.reshape(D, -1)).reshape(R, T, *weight.shape[1:])
 
 
 def mlp(at: Tree, x_RTD: jax.Array) -> jax.Array:
     R, T, D = x_RTD.shape
     x_RD = x_RTD.reshape(R * T, D)
-    return (geglu(x_RD @ at["gate_DF"], x_RD @ at["up_DF"]) @ at["down_FD"]).reshape(R, T, D)
+    return product(geglu(product(x_RD, at["gate_DF"]), product(x_RD, at["up_DF"])), at["down_FD"]).reshape(R, T, D)
+
+
+def product(x_RD: jax.Array, weight_DE: jax.Array) -> jax.Array:
+    """x @ weight, in x's dtype. Weights of another dtype are multiplied in theirs, and summed in x's: on CPUs, where
+    such products of a few rows are slow and those of FEWEST_ROWS are not.
+    """
+    if x_RD.dtype == weight_DE.dtype:
+        return x_RD @ weight_DE
+    R = len(x_RD)
+    rounded = jnp.pad(x_RD.astype(weight_DE.dtype), ((0, max(0, FEWEST_ROWS - R)), (0, 0)))
+    return jnp.dot(rounded, weight_DE, preferred_element_type=x_RD.dtype)[:R]
 
 
 def attend_pages(

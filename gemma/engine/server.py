@@ -37,8 +37,9 @@ class Server:
         self.dtype = dtype_of(program.serve, platform)
         self.limits = limits_of(program.serve, program.model, self.dtype, platform, program.mesh.tensor)
         self.abstract = abstract_params(program.model, self.mesh, self.dtype)
+        computed = self.dtype if platform == "tpu" else "float32"
         self.engine, self.cached = engines.prepare(
-            program.model, self.abstract, self.limits, self.mesh, self.dtype, cache
+            program.model, self.abstract, self.limits, self.mesh, computed, cache
         )
         self.seconds = {"compile": time.monotonic() - started}
 
