@@ -4,7 +4,7 @@ python -m tests.bench.serve_speed [--transformers PYTHON] [--rounds 3] [--dtype 
 
 PYTHON is an interpreter that has torch and transformers. Each contender is a process of its own on two cores; prompts
 of 512 random tokens, then 64 new ones, greedy; a decode step is the median of those after the first. Random weights:
-what is computed does not depend on them. Bandwidth: what two threads read of memory, summed by NumPy, in the same round.
+what is computed does not depend on them. Bandwidth: what two threads read of memory (NumPy sums), in the same round.
 """
 
 import argparse
