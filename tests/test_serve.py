@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -116,6 +118,36 @@ def test_a_stream_is_the_answer_in_parts(server: str, prefix: str) -> None:
     assert (usage["choices"], usage["usage"]["completion_tokens"]) == ([], 30)
     text = "".join(part["choices"][0]["delta"]["content"] for part in parts)
     assert text == chat(server, "Hello", max_tokens=30).choices[0].message.content
+
+
+JS = os.environ.get("OPENAI_JS", "")  # a folder in which `npm install openai` was called
+
+
+@pytest.mark.skipif(not shutil.which("node") or not JS, reason="needs node, and OPENAI_JS=FOLDER with npm's openai")
+@pytest.mark.parametrize("prefix", ["/v1", "/v3/openai"])
+def test_openai_s_javascript_client_loses_no_text_of_a_stream(server: str, prefix: str) -> None:
+    script = str(Path(__file__).with_name("openai_client.mjs"))
+    done = subprocess.run(["node", script, server + prefix, JS], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    streamed, whole = json.loads(done.stdout)
+    assert streamed == whole != ""
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_curl_gets_an_answer(server: str) -> None:
+    body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5})
+    command = ["curl", "-sS", "--fail", f"{server}/v1/chat/completions", "-H", "Content-Type: application/json"]
+    command += ["-d", body]
+    found = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
+    assert found["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_a_slice_of_two_hosts_with_heads_cut_in_two_gives_the_same(server: str, root: Path) -> None:
+    process, address = started(root, "sliced", "cluster.slice=v5p-16", "mesh.tensor=2", "serve.chunk=16")
+    for prompt in PROMPTS[:3]:
+        assert chat(address, prompt).choices[0].message.content == chat(server, prompt).choices[0].message.content
+    process.send_signal(signal.SIGTERM)
+    finish(process, 3)
 
 
 def test_a_seed_and_its_choices_are_the_same_again_whoever_else_asks(server: str) -> None:
