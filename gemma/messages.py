@@ -46,7 +46,7 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class Bad:
+class BadStep:
     """A step whose update was not applied: not finite, or a spike."""
 
     step: int  # counted as Row counts
@@ -55,11 +55,11 @@ class Bad:
 
 
 @dataclass(frozen=True)
-class Ran:
+class WindowResult:
     """The results of a window of steps."""
 
     rows: tuple[Row, ...]
-    bad: tuple[Bad, ...]
+    bad: tuple[BadStep, ...]
     halted: bool  # the hosts refuse further steps until a `restore`
     snapshots: int  # taken in this window
     wait_s: float  # the devices were idle, waiting for snapshots
@@ -67,7 +67,7 @@ class Ran:
 
 
 @dataclass(frozen=True)
-class Kept:
+class SnapshotsBegun:
     """A host's snapshots have begun."""
 
     pack_s: float  # the devices' time for one snapshot
@@ -75,7 +75,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SaveBegun:
     """A save has begun, or not."""
 
     seconds: float  # training stood still
@@ -83,7 +83,7 @@ class Saved:
 
 
 @dataclass(frozen=True)
-class Failed:
+class SaveFailed:
     """A save that had begun has failed."""
 
     step: int

@@ -44,11 +44,11 @@ def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, comma
     lock: of the directory, let go at the end. commanded: the time.monotonic() at which the user asked, from which
     the first step is counted.
     """
-    gc.freeze()  # Ray and all else that is imported stays: no need to go through it again and again
+    gc.freeze()  # imported modules are never freed: the collector need not scan them
     report = Report(config, folder, commanded)
     try:
         with program_of(config, report) as work:
-            code = drive(config, folder, report, interrupt, work)
+            code = run_on_cluster(config, folder, report, interrupt, work)
     except ConfigError as error:
         interrupt.closing = True
         report.event("refuse", reason=str(error))
@@ -87,7 +87,7 @@ def program_of(config: Config, report: Report) -> AbstractContextManager[Work]:
 
 
 def going_on(config: Config, folder: Path, more: str) -> str:
-    """The line that goes on with the run, or why none does."""
+    """The command that resumes the run, or why none can."""
     try:
         if config.evaluate is None and config.serve is None:
             checkpoints.resumable(folder)
@@ -103,7 +103,7 @@ def results(config: Config, folder: Path) -> list[str]:
     return evaluation_results(evaluated(folder), rows) if config.evaluate else training_results(rows)
 
 
-def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt, work: Work) -> Exit:
+def run_on_cluster(config: Config, folder: Path, report: Report, interrupt: Interrupt, work: Work) -> Exit:
     """Gets slices and gives them back. Raises ConfigError for the user's mistakes that only a host can see."""
     if stop_spending(report):
         return Exit.STOPPED
@@ -114,14 +114,14 @@ def drive(config: Config, folder: Path, report: Report, interrupt: Interrupt, wo
             fleets.managed(config, folder, lease) as fleet,
         ):
             interrupt.check = lease.check_head
-            return attempt(config, folder, fleet, report, interrupt, work)
+            return run_attempts(config, folder, fleet, report, interrupt, work)
     except WAITED_IN_VAIN as early:
         return left_waiting(early, report)
     finally:
         interrupt.check = lambda: None
 
 
-def attempt(config: Config, folder: Path, fleet: Fleet, report: Report, interrupt: Interrupt, work: Work) -> Exit:
+def run_attempts(config: Config, folder: Path, fleet: Fleet, report: Report, interrupt: Interrupt, work: Work) -> Exit:
     """Does the work on hosts that stand ready, again and again until it is done."""
     history: list[Failure] = []
     while True:
@@ -146,7 +146,7 @@ def attempt(config: Config, folder: Path, fleet: Fleet, report: Report, interrup
                 report.event("finish" if left is Exit.FINISHED else "stop")
                 fleet.needed = False
                 return left
-            history.append(recover.moved(left, fleet, report))
+            history.append(recover.record_move(left, fleet, report))
             report.decided(decide(history, config.retry.budget))
         except WAITED_IN_VAIN as early:
             return left_waiting(early, report)  # told before the slices are given back

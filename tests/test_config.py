@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from gemma.config import ConfigError, Mesh, fill
 from gemma.schedule import rate
+from launch.evaluate import defaults
 from orchestrator.change import Change, Kind, changes, extending, kind_of, rates, refuse
 from orchestrator.config import Config, flatten, from_container, typed_keys
 
@@ -41,9 +42,13 @@ def test_every_choice_of_every_group_crosses_into_config(choice: str) -> None:
 
 
 def test_the_yaml_holds_every_key_of_config_and_no_other() -> None:
-    """A provider's section is there with that provider, and null with others; evaluate's with launch.evaluate."""
+    """A provider's section is there with that provider, and null with others; evaluate's with launch.evaluate, and
+    serve's in a file of its own.
+    """
     found = {key for kind in ("local", "gcp", "gke") for key in flatten(container(f"cluster={kind}"))}
-    assert found == {key for key, _ in typed_keys(Config) if not key.startswith("evaluate.")}
+    assert found == {key for key, _ in typed_keys(Config) if not key.startswith(("evaluate.", "serve."))}
+    served = {key for key in flatten(defaults([], "serve")) if key.startswith("serve.")}
+    assert served == {key for key, _ in typed_keys(Config) if key.startswith("serve.")}
     assert container()["cluster"]["gcp"] is container()["cluster"]["gke"] is None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gemma.config import Guard
-from gemma.messages import Bad
+from gemma.messages import BadStep
 from orchestrator.programs.evaluate import RESULT, answered, by_set
 from orchestrator.programs.rewind import GoBack, Stop, decide_rewind, over_budget, since_last_good
 from orchestrator.programs.window import RECENT, Pace, deadline_of, learn
@@ -116,7 +116,7 @@ def test_the_budget_holds_whatever_is_done_about_a_bad_step(action: str) -> None
     scattered = list(range(10, 100, 10))  # nine, never two in a row
     assert over_budget(guard(action, 9), scattered) is None
     assert isinstance(over_budget(guard(action, 8), scattered), Stop)
-    assert isinstance(decide_rewind(guard(action, 8), Bad(90, (), ()), scattered), Stop)
+    assert isinstance(decide_rewind(guard(action, 8), BadStep(90, (), ()), scattered), Stop)
 
 
 def test_only_the_last_hundred_steps_count() -> None:
@@ -125,7 +125,7 @@ def test_only_the_last_hundred_steps_count() -> None:
 
 
 def test_the_first_of_the_bad_steps_in_a_row_is_blamed() -> None:
-    bad = [Bad(step, (), ()) for step in (117, 145, 146, 147)]
+    bad = [BadStep(step, (), ()) for step in (117, 145, 146, 147)]
     assert since_last_good(bad).step == 145
     assert decide_rewind(guard("skip", 9), since_last_good(bad), [117, 145, 146, 147]) == GoBack(144, False)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gemma.config import ConfigError
-from gemma.messages import Failed
+from gemma.messages import SaveFailed
 from orchestrator.config import with_id
 from orchestrator.programs import saves
 from orchestrator.programs.saves import Saves
@@ -46,7 +46,7 @@ def told(report: Report) -> list[tuple[str, int]]:
 def test_a_failed_save_goes_back_to_what_is_on_disk_and_waits(report: Report) -> None:
     commit(report, 10)
     found = Saves(30, uncommitted={20: time.monotonic()})
-    saves.note_failures(found, report, [None, Failed(20, "full"), Failed(20, "full")], [])
+    saves.note_failures(found, report, [None, SaveFailed(20, "full"), SaveFailed(20, "full")], [])
     assert (found.newest, found.failures, found.uncommitted) == (10, 1, {})
     assert 0 < found.again_at - time.monotonic() <= backoff_s(1)
     assert told(report) == [("save_failed", 20)]
@@ -54,12 +54,12 @@ def test_a_failed_save_goes_back_to_what_is_on_disk_and_waits(report: Report) ->
 
 def test_a_failure_does_not_forget_a_save_that_is_on_its_way(report: Report) -> None:
     found = Saves(30, uncommitted={20: time.monotonic()})
-    saves.note_failures(found, report, [Failed(20, "full")], [30])
+    saves.note_failures(found, report, [SaveFailed(20, "full")], [30])
     assert found.newest == 30
 
 
-@pytest.mark.parametrize("failed", [Failed(20, "the old ones were not removed"), Failed(15, "told before")])
-def test_a_save_that_is_on_disk_or_was_told_has_not_failed(report: Report, failed: Failed) -> None:
+@pytest.mark.parametrize("failed", [SaveFailed(20, "the old ones were not removed"), SaveFailed(15, "told before")])
+def test_a_save_that_is_on_disk_or_was_told_has_not_failed(report: Report, failed: SaveFailed) -> None:
     commit(report, 20)
     found = Saves(20, uncommitted={20: time.monotonic()})
     saves.note_failures(found, report, [failed], [])

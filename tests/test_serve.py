@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import random
+import secrets
 import shutil
 import signal
 import socket
@@ -12,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +37,27 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def started(root: Path, name: str, *more: str) -> tuple[subprocess.Popen[str], str]:
-    """The command and its address, once it answers."""
+@contextmanager
+def started(root: Path, name: str, *more: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command and its address, once it answers. It is stopped at the end, and leaves with 3 and nothing behind."""
+    before = orphaned_folders()
     process = launch("serve", "run=trained", f"run.root={root}", f"run.id={name}", *SMALL, *more)
     folder = root / name
 
     def address() -> str | None:
         return next((e["address"] for e in rundir.events(folder) if e["event"] == "listen"), None)
 
-    wait_for(lambda: address() is not None and healthy(str(address())), "a replica", process)
-    return process, str(address())
+    try:
+        wait_for(lambda: address() is not None and healthy(str(address())), "a replica", process)
+        yield process, str(address())
+    except BaseException:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=120)
+        raise
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    finish(process, 3)
+    assert orphaned_folders() <= before
 
 
 def healthy(address: str) -> bool:
@@ -64,12 +77,8 @@ def asked(address: str, path: str, body: bytes | None = None, **headers: str) ->
 
 @pytest.fixture(scope="module")
 def server(root: Path) -> Iterator[str]:
-    before = orphaned_folders()
-    process, address = started(root, "server")
-    yield address
-    process.send_signal(signal.SIGTERM)
-    finish(process, 3)
-    assert orphaned_folders() <= before
+    with started(root, "server") as (_, address):
+        yield address
 
 
 def client(address: str) -> openai.OpenAI:
@@ -143,11 +152,9 @@ def test_curl_gets_an_answer(server: str) -> None:
 
 
 def test_a_slice_of_two_hosts_with_heads_cut_in_two_gives_the_same(server: str, root: Path) -> None:
-    process, address = started(root, "sliced", "cluster.slice=v5p-16", "mesh.tensor=2", "serve.chunk=16")
-    for prompt in PROMPTS[:3]:
-        assert chat(address, prompt).choices[0].message.content == chat(server, prompt).choices[0].message.content
-    process.send_signal(signal.SIGTERM)
-    finish(process, 3)
+    with started(root, "sliced", "cluster.slice=v5p-16", "mesh.tensor=2", "serve.chunk=16") as (_, address):
+        for prompt in PROMPTS[:3]:
+            assert chat(address, prompt).choices[0].message.content == chat(server, prompt).choices[0].message.content
 
 
 def test_a_seed_and_its_choices_are_the_same_again_whoever_else_asks(server: str) -> None:
@@ -224,15 +231,12 @@ def test_a_client_that_goes_away_frees_its_slot(server: str) -> None:
 
 
 def test_streams_outlive_their_hosts_with_the_tokens_they_would_have_had(root: Path) -> None:
-    process, address = started(root, "killed")
-    undisturbed = [streamed(address, prompt, max_tokens=150)[0] for prompt in PROMPTS]
-
-    async def all_streams() -> list[str]:
+    async def all_streams(address: str) -> list[str]:
         asking = openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
 
         async def one(prompt: str) -> str:
-            given = {"model": MODEL, "max_tokens": 150, "temperature": 0, "stream": True}
-            stream = await asking.chat.completions.create(messages=[{"role": "user", "content": prompt}], **given)  # type: ignore[call-overload]
+            given: Any = {"model": MODEL, "max_tokens": 150, "temperature": 0, "stream": True}
+            stream = await asking.chat.completions.create(messages=[{"role": "user", "content": prompt}], **given)
             return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
         streams = [asyncio.ensure_future(one(prompt)) for prompt in PROMPTS]
@@ -240,33 +244,31 @@ def test_streams_outlive_their_hosts_with_the_tokens_they_would_have_had(root: P
         kill_worker(root / "killed", 0)
         return await asyncio.gather(*streams)
 
-    assert asyncio.run(all_streams()) == undisturbed
+    with started(root, "killed") as (_, address):
+        undisturbed = [streamed(address, prompt, max_tokens=150)[0] for prompt in PROMPTS]
+        assert asyncio.run(all_streams(address)) == undisturbed
     failures = [event for event in rundir.events(root / "killed") if event["event"] == "failure"]
     assert len(failures) == 1
-    process.send_signal(signal.SIGTERM)
-    finish(process, 3)
 
 
 def test_the_end_finishes_what_runs_and_takes_nothing_new(root: Path) -> None:
-    process, address = started(root, "drained")
-    whole = chat(address, "Hello", max_tokens=200).choices[0].message.content
-    stream = chat(address, "Hello", max_tokens=200, stream=True)
-    parts = [next(stream).choices[0].delta.content or "" for _ in range(2)]
-    process.send_signal(signal.SIGTERM)
-    wait_for(lambda: asked(address, "/health")[0] != 200, "draining", process)
-    code, found = asked(address, "/v1/chat/completions", json.dumps({"model": MODEL, "messages": []}).encode())
-    assert code in (0, 400, 503), found
-    parts += [chunk.choices[0].delta.content or "" for chunk in stream]
-    assert "".join(parts) == whole
-    finish(process, 3)
+    with started(root, "drained") as (process, address):
+        whole = chat(address, "Hello", max_tokens=200).choices[0].message.content
+        stream = chat(address, "Hello", max_tokens=200, stream=True)
+        parts = [next(stream).choices[0].delta.content or "" for _ in range(2)]
+        process.send_signal(signal.SIGTERM)
+        wait_for(lambda: asked(address, "/health")[0] != 200, "draining", process)
+        code, _ = asked(address, "/v1/chat/completions", json.dumps({"model": MODEL, "messages": []}).encode())
+        assert code in (0, 400, 503)
+        parts += [chunk.choices[0].delta.content or "" for chunk in stream]
+        assert "".join(parts) == whole
 
 
 def test_keys_are_asked_for_and_kept(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("right-key\nother-key\n")
-    process, address = started(root, "keys", f"serve.api_keys={tmp_path / 'keys'}")
-    for key, status in (("right-key", 200), ("other-key", 200), ("wrong", 401), ("", 401)):
-        assert asked(address, "/v1/models", Authorization=f"Bearer {key}")[0] == status
-    process.send_signal(signal.SIGTERM)
-    finish(process, 3)
+    right, other = secrets.token_hex(8), secrets.token_hex(8)
+    (tmp_path / "keys").write_text(f"{right}\n{other}\n")
+    with started(root, "keys", f"serve.api_keys={tmp_path / 'keys'}") as (_, address):
+        for key, status in ((right, 200), (other, 200), ("wrong", 401), ("", 401)):
+            assert asked(address, "/v1/models", Authorization=f"Bearer {key}")[0] == status
     for path in (root / "keys").rglob("*"):
-        assert not path.is_file() or b"right-key" not in path.read_bytes()
+        assert not path.is_file() or right.encode() not in path.read_bytes()

@@ -1,4 +1,4 @@
-"""Checksums of a train state, computed where it lies: what a checkpoint gives back is held against what was saved.
+"""Checksums of a train state, computed on its devices: a restored state is compared with the saved one.
 
 A leaf has two sums, uint32 and wrapping, over all its elements. What an element adds is its bits mixed with its index
 in the whole array, one to one for each index: a single changed element always changes the sum, any other change but
@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from gemma.checkpoint import words
 
-OTHER = 0x9E3779B9  # added before the mixing is repeated: the second sum is not of the first one's terms
+OTHER = 0x9E3779B9  # added before mixing again: makes the second sum differ from the first
 Tree = Any  # a TrainState, or a part of one by its names
 Cut = tuple[tuple[str, ...], ...]  # of each dimension: the mesh axes that cut it
 

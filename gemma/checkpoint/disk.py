@@ -45,14 +45,14 @@ def open_manager(folder: Path, config: Checkpoint, barrier: Any = None) -> ocp.C
         enable_async_checkpointing=True,
         async_options=ocp.AsyncOptions(timeout_secs=COMMIT_S, barrier_sync_fn=barrier),
         cleanup_tmp_directories=True,
-        lightweight_initialize=True,  # reads nothing of what lies there: a torn one is a matter of its own restore
+        lightweight_initialize=True,  # reads no checkpoint yet: a torn one fails at its own restore
     )
     return ocp.CheckpointManager(folder, options=options, item_handlers=handler())
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:
-    """Orbax's usual one for arrays, but that it writes no file of shardings, a fifth of the processor's time of a save:
-    who restores says how the arrays shall lie.
+    """Orbax's usual array handler, without its sharding file, which takes a fifth of a save's CPU time:
+    the restoring code gives the shardings.
     """
     arrays = type_handlers.ArrayHandler(enable_write_sharding_file=False)
     registry = type_handlers.create_type_handler_registry((jax.Array, arrays))
@@ -104,7 +104,7 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState, sum
 def saved_sums(path: Path) -> dict[str, str] | None:
     """What was noted at the save; None of a checkpoint from before there were sums.
 
-    Read here, not by Orbax, for which a file that it cannot read is one that says nothing.
+    Not read by Orbax, which treats an unreadable file as an empty one.
     """
     noted = json.loads((path / METADATA).read_text())["custom_metadata"] or {}
     found: dict[str, str] | None = noted.get("sums")

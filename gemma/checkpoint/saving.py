@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from gemma.checkpoint import disk
 from gemma.checkpoint.votes import SaveFailedError, Votes, agree, here, of_this_process, one_line
 from gemma.config import Checkpoint
-from gemma.messages import Failed
+from gemma.messages import SaveFailed
 from gemma.train.step import TrainState
 
 BUSY_S = 10.0  # training waits so long for the save before; then this one fails
@@ -52,7 +52,7 @@ class Saver:
     votes: Votes = field(default_factory=of_this_process)
     manager: ocp.CheckpointManager = field(init=False)
     jobs: queue.Queue[Job] = field(default_factory=queue.Queue)
-    failed: deque[Failed] = field(default_factory=deque)  # not yet told
+    failed: deque[SaveFailed] = field(default_factory=deque)  # not yet told
     stale: bool = False  # the manager does not know what is on disk
     probing: threading.Thread | None = None
 
@@ -89,13 +89,13 @@ def settle(saver: Saver, wait_s: float) -> bool:
         return saver.jobs.all_tasks_done.wait_for(lambda: not saver.jobs.unfinished_tasks, wait_s)
 
 
-def poll(saver: Saver) -> Failed | None:
+def poll(saver: Saver) -> SaveFailed | None:
     """A save that failed and was not yet told of. Costs nothing and never raises."""
     return saver.failed.popleft() if saver.failed else None
 
 
 def work(saver: Saver) -> None:
-    """The thread: one save after another, with what training leaves of the processor."""
+    """The thread: one save after another, at low CPU priority."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SAVING_NICENESS)
     while True:
         job = saver.jobs.get()
@@ -108,7 +108,7 @@ def work(saver: Saver) -> None:
             clear(saver)
         job.off.set()
         if problem:
-            saver.failed.append(Failed(step, problem))
+            saver.failed.append(SaveFailed(step, problem))
         del job
         saver.jobs.task_done()
 

@@ -53,7 +53,7 @@ class Votes:
             raise SaveFailedError(one_of(problems))
 
     def catch_up(self, timeout_ms: int) -> None:
-        """The save is over here, as it should be or not: no host waits for this one any longer."""
+        """The save has ended here, well or badly: joins the open barriers, so no host waits."""
         for thread in threading.enumerate():
             if thread.name == WRITER:
                 thread.join(timeout_ms / 1000)
@@ -102,7 +102,7 @@ def here(rank: int) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error in a line. Of what the writing library says at length, the system's own error."""
+    """An error in a line. From a long storage-library error, only the system's error."""
     text = " ".join(str(error).split())
     if isinstance(error, SaveFailedError):
         return text

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from gemma.config import Program
-from gemma.messages import Opened, Ran, Restored, Row
+from gemma.messages import Opened, Restored, Row, WindowResult
 from gemma.model import load
 from gemma.model.sharding import make_mesh
 from gemma.plan import flops
@@ -21,7 +21,7 @@ from gemma.text import corpus
 from gemma.text.corpus import Texts
 from gemma.train import aot, data, held_out
 from gemma.train.step import functions
-from gemma.train.trainer import built_from
+from gemma.train.trainer import compile_key
 
 
 class Evaluator:
@@ -39,7 +39,7 @@ class Evaluator:
         self.abstract = self.functions.state.params
         arguments = (self.abstract, self.functions.batch)
         self.eval, self.cached = aot.compiled(
-            "eval", self.functions.eval, arguments, built_from("eval", program), cache
+            "eval", self.functions.eval, arguments, compile_key("eval", program), cache
         )
         self.seconds = {"data": opened - started, "compile": time.monotonic() - opened}
         self.params: Any = None
@@ -72,7 +72,7 @@ class Evaluator:
             sets=Counter(one.name for one, _ in self.batches),
         )
 
-    def run(self, first: int, last: int) -> Ran:
+    def run(self, first: int, last: int) -> WindowResult:
         """Batches first..last-1. One is dispatched before the one before it is waited for."""
         rows: list[Row] = []
         flight: list[tuple[int, Any]] = []
@@ -84,7 +84,7 @@ class Evaluator:
             if len(flight) > 1:
                 rows.append(self.answered(*flight.pop(0)))
         rows += [self.answered(*one) for one in flight]
-        return Ran(tuple(rows), bad=(), halted=False, snapshots=0, wait_s=0.0, data_s=0.0)
+        return WindowResult(tuple(rows), bad=(), halted=False, snapshots=0, wait_s=0.0, data_s=0.0)
 
     def answered(self, step: int, sums: tuple[jax.Array, jax.Array]) -> Row:
         """Waits for a batch: its summed loss in nats and its number of targets, exactly as they were computed."""

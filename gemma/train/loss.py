@@ -61,7 +61,7 @@ def forward(
     target_BT: jax.Array,
     weight_BT: jax.Array,
 ) -> tuple[jax.Array, Arrays]:
-    """A sum's gradient is known without its cotangent but for a factor: made here, the logits are still at hand.
+    """Computes the gradient here, while the logits exist: a sum's cotangent is only a scalar factor.
 
     The barriers keep arrays of the embedding's size from living longer than this function: gathered only now, not with
     the lookup; zeros only now; and summed over `fsdp` before the lookup's gradient is added, not after.

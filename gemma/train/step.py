@@ -27,7 +27,7 @@ Tree = Any  # a nested dict of arrays, or of what stands for them
 
 
 class TrainState(NamedTuple):
-    """All that a run is, apart from its config. float32 but for `step`."""
+    """A run's whole state besides its config. float32 except `step`."""
 
     step: jax.Array  # int32: steps done
     params: Tree
@@ -210,7 +210,7 @@ def update(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     good = guard.is_good(program.guard, state.guard, loss, grad_norm)
-    # Of what is applied: the schedule goes by the updates made, so a skipped one uses up no part of it.
+    # The rate applied: the schedule counts updates made, so a skipped step does not advance it.
     rate = optim.schedule(program.optim)(optim.updates_made(state.opt_state))
     metrics = {
         "loss": loss,

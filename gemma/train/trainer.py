@@ -20,7 +20,17 @@ from gemma.checkpoint.votes import VOTE_S
 from gemma.config import Program
 from gemma.memory import slots
 from gemma.memory.wire import Address, Source
-from gemma.messages import Bad, Evaluated, Failed, Kept, Opened, Ran, Restored, Row, Saved
+from gemma.messages import (
+    BadStep,
+    Evaluated,
+    Opened,
+    Restored,
+    Row,
+    SaveBegun,
+    SaveFailed,
+    SnapshotsBegun,
+    WindowResult,
+)
 from gemma.model import load
 from gemma.model.sharding import make_mesh
 from gemma.plan import flops
@@ -31,12 +41,12 @@ from gemma.text.order import Order
 from gemma.train import aot, data, held_out
 from gemma.train.step import TrainState, functions
 
-OVERLAPPED = 0.8  # of a step is still to be done on the devices when the host turns to the next batch
-IN_A_ROW = 3  # bad steps: then it is not the batch that is bad but the state
+OVERLAPPED = 0.8  # of a step still runs on the devices when the host starts the next batch
+IN_A_ROW = 3  # bad steps: then the state is bad, not the batch
 PACKINGS = 10  # timed before snapshots begin: the shortest is what one costs
 
 
-def built_from(name: str, program: Program) -> tuple[Any, ...]:
+def compile_key(name: str, program: Program) -> tuple[Any, ...]:
     """The config leaves that a compiled program depends on: another seed or length compiles nothing again."""
     p = program
     train = (p.train.batch, p.train.dtype, p.train.accumulation, p.train.remat, p.train.loss_chunk)
@@ -82,7 +92,7 @@ class Trainer:
         self.keeping: SnapshotWriter | None = None
         self.attempt = 0
         self.order = Order(((0, program.train.batch),))
-        self.bad: list[Bad] = []  # of the window
+        self.bad: list[BadStep] = []  # of the window
         self.halted = False
         self.rows: list[Row] = []  # that the controller may not have been told of
         self.evals: list[Evaluated] = []
@@ -98,7 +108,7 @@ class Trainer:
 
     def compile(self, name: str, args: tuple[Any, ...]) -> tuple[Any, bool]:
         jitted = self.packing[name] if name in self.packing else getattr(self.functions, name)
-        return aot.compiled(name, jitted, args, built_from(name, self.program), self.cache)
+        return aot.compiled(name, jitted, args, compile_key(name, self.program), self.cache)
 
     def opened(self) -> Opened:
         return Opened(self.share.key, self.share.bytes)
@@ -109,7 +119,7 @@ class Trainer:
         """Stands ready at a step: of a snapshot where a source is given, else committed on disk; None initialises.
 
         order: which rows the steps train on; None is a run that has known one batch and skipped nothing.
-        again: what was saved beyond the step belongs to a history that is replaced.
+        again: deletes what was saved beyond the step; the run replaces it.
         Raises CheckpointError rather than start afresh, SnapshotError where a snapshot is gone or damaged.
         """
         started = time.monotonic()
@@ -158,7 +168,7 @@ class Trainer:
         self.evals = [Evaluated(**found) for found in noted["evals"]]  # their sets as lists: JSON has no tuples
         return state
 
-    def keep(self, path: str, buddy: Address | None, attempt: int) -> Kept:
+    def keep(self, path: str, buddy: Address | None, attempt: int) -> SnapshotsBegun:
         """Snapshots go to this host's slots and its buddy's from now on, the first at once; `attempt` with each."""
         assert self.state is not None
         started = time.monotonic()
@@ -175,7 +185,7 @@ class Trainer:
             self.keeping.settle()
         slots.tell_progress(self.keeping.slots, step)
         self.ready = time.monotonic()
-        return Kept(min(b - a for a, b in itertools.pairwise(times)), self.ready - started)
+        return SnapshotsBegun(min(b - a for a, b in itertools.pairwise(times)), self.ready - started)
 
     def initial(self) -> TrainState:
         """Random weights, or those of train.init_from; the optimizer is fresh."""
@@ -185,7 +195,7 @@ class Trainer:
         jax.tree.map(lambda x: x.delete(), state.params)  # one copy of the weights at a time
         return state._replace(params=load.load_params(self.program.train.init_from, self.functions.state.params))
 
-    def run(self, first: int, last: int, reported: int, every: int) -> Ran:
+    def run(self, first: int, last: int, reported: int, every: int) -> WindowResult:
         """Steps first..last-1. A step is dispatched before the one before it is waited for.
 
         reported: results up to this step are written down. every: a snapshot each so many steps; 0 is off.
@@ -221,7 +231,7 @@ class Trainer:
         self.profile_ends(last)
         hidden_s = snapshots * OVERLAPPED * self.rows[-1].step_s if self.rows else 0.0  # devices had a step to do
         wait_s = stood_s + max(0.0, keeping.waited_s - waited_s - hidden_s) if keeping else 0.0
-        return Ran(tuple(self.rows[count:]), tuple(self.bad), self.halted, snapshots, wait_s, data_s)
+        return WindowResult(tuple(self.rows[count:]), tuple(self.bad), self.halted, snapshots, wait_s, data_s)
 
     def wait_for_snapshot(self, keeping: SnapshotWriter) -> float:
         """Until the snapshot is off the devices; returns the seconds."""
@@ -246,9 +256,9 @@ class Trainer:
                 self.keeping.hand_over(step, packed, results)
 
     def note_bad_step(self, step: int) -> None:
-        """Of a bad step: names its batch, and halts unless it may be passed over. Every host comes to the same."""
+        """Records a bad step and its batch; halts unless the step may be skipped. All hosts decide alike."""
         places = orders.places(self.order, step - 1) if jax.process_index() == 0 else []
-        self.bad.append(Bad(step, orders.spans(self.order, step - 1), tuple(data.row_ids(self.dataset, places))))
+        self.bad.append(BadStep(step, orders.spans(self.order, step - 1), tuple(data.row_ids(self.dataset, places))))
         last = [row.metrics["ok"] for row in self.rows[-IN_A_ROW:]]
         in_a_row = len(last) == IN_A_ROW and not any(last)
         self.halted = self.program.guard.action != "skip" or in_a_row
@@ -294,22 +304,22 @@ class Trainer:
         params = jax.tree.unflatten(tree, [leaves[0] * float("nan"), *leaves[1:]])
         self.state = self.state._replace(params=params)
 
-    def save(self, step: int) -> Saved:
+    def save(self, step: int) -> SaveBegun:
         """Has a copy of the state saved in the background. `trouble` says what becomes of it."""
         assert self.state is not None
         if self.halted or self.rows and not self.rows[-1].metrics["ok"]:
-            return Saved(0.0, f"step {step} comes after a bad one: its state may be bad as well")
+            return SaveBegun(0.0, f"step {step} comes after a bad one: its state may be bad as well")
         started = time.monotonic()
         copy = self.of_state("copy") if self.beside else lambda state: state
         sums_of, state = self.of_state("sums"), self.state
-        # Waited for: two programs that let devices meet, under way at once, can wait for each other for ever.
+        # Blocks: two programs with collectives, run at the same time, can deadlock.
         job = saving.begin(self.saver, step, lambda: (copy(state), jax.block_until_ready(sums_of(state))))
         if not self.beside:
             job.off.wait(VOTE_S)
         self.ready = time.monotonic()
-        return Saved(self.ready - started, None)
+        return SaveBegun(self.ready - started, None)
 
-    def trouble(self) -> Failed | None:
+    def trouble(self) -> SaveFailed | None:
         """The save that was found to have failed since the last call, if any."""
         return saving.poll(self.saver)
 

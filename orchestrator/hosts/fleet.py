@@ -111,7 +111,7 @@ def note_departures(fleet: Fleet, held: Mapping[str, Held]) -> None:
     """
     now = {node: said for node, said in fleet.notices.items() if node not in held}
     now |= {node: one.notice for node, one in held.items() if one.notice}
-    fleet.notices.clear()  # in place: who waits for hosts looks at it
+    fleet.notices.clear()  # in place: `avoid` is a live view of it
     fleet.notices |= now
 
 

@@ -17,7 +17,7 @@ from orchestrator.interrupt import StoppedError
 from orchestrator.recovery.outcome import Evidence
 
 POLL_S = 0.05
-PING_S = 0.5  # for a spare process to show that it lives; one that is still importing is silent, and will do
+PING_S = 0.5  # for a spare process to answer; one still importing stays silent and counts as alive
 MEGASCALE_PORT = 8080
 GET_S = 10.0  # for an answer that is there to be read
 GRACE_S = 3.0  # after a failure, for the death that explains it to be seen
@@ -43,7 +43,7 @@ class Call:
 
     what: str
     refs: tuple[Any, ...]
-    timeout_s: float  # counted from `collect`: hosts work calls off in order, so earlier ones are not on its clock
+    timeout_s: float  # counted from `collect`: hosts run calls in order; earlier calls' time is not counted
     placement: Placement
 
 
@@ -211,6 +211,6 @@ def describe(rank: int, found: Raised | RayError) -> Evidence:
 
 
 def stop(workers: Iterable[Any]) -> None:
-    """Kills processes. The next attempt's wait for their predecessors' pids to be gone."""
+    """Kills processes. The next attempt waits until their pids are gone."""
     for worker in workers:
         ray.kill(worker, no_restart=True)

@@ -91,7 +91,7 @@ def newest_common(
 
 
 def branches(events: Sequence[Mapping[str, Any]]) -> dict[int, int]:
-    """For each attempt the lowest step from which a later one went on: its later steps are no longer valid. Pure."""
+    """For each attempt, the lowest step a later attempt resumed from: its steps beyond that are invalid. Pure."""
     began = {e["attempt"]: e["step"] for e in events if e["event"] in ("restore", "initialise")}
     return {attempt: min([step for a, step in began.items() if a > attempt], default=2**62) for attempt in began}
 

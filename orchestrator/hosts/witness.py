@@ -12,7 +12,7 @@ from orchestrator.hosts.group import Group
 from orchestrator.hosts.keeper import Held
 from orchestrator.recovery.outcome import Evidence
 
-MARKED_S = 8.0  # for Ray to see that a machine is dead whose keeper is
+MARKED_S = 8.0  # for Ray to mark a machine dead after its keeper died
 STACKS_S = 2.0  # for a process to write its stacks
 DRAINED = 3  # AUTOSCALER_DRAIN_PREEMPTED of Ray's gcs.proto: the node's removal was announced
 

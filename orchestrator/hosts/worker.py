@@ -21,7 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from gemma.config import ConfigError, Program
-from gemma.messages import ChipFacts, Failed, Opened
+from gemma.messages import ChipFacts, Opened, SaveFailed
 from orchestrator.hosts.keeper import NOTICE
 from orchestrator.slices.environment import unwanted
 from orchestrator.slices.topology import CHIPS_PER_HOST
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from gemma.train.trainer import Trainer
 
 GARBAGE = 50_000  # objects made before the collector looks at them
-SWITCH_S = 0.0005  # after which a thread that saves lets the one that trains go on; Python's own is ten times that
+SWITCH_S = 0.0005  # a saving thread yields to the training thread after this; Python's default is ten times longer
 # Left by an earlier attempt or slice they make the next one hang.
 STALE = ("MEGASCALE_", "TPU_PROCESS_", "TPU_VISIBLE_", "CLOUD_TPU_TASK_ID", "JAX_COORDINATOR", "XLA_FLAGS")
 
@@ -54,13 +54,13 @@ class VerbResult:
 
     value: Any
     notice: str | None  # the machine is about to be taken away
-    trouble: Failed | None  # a save that was found to have failed
+    trouble: SaveFailed | None  # a save that was found to have failed
 
 
 @dataclass(frozen=True)
 class Hello:
     pid: int
-    coordinator: str  # where this host would listen, were it rank 0
+    coordinator: str  # the address that this host listens at if it is rank 0
 
 
 class Host:
@@ -74,7 +74,7 @@ class Host:
             os.environ["JAX_PLATFORMS"] = "cpu"
         import gemma.train.trainer  # noqa: F401 - takes seconds, while other hosts are being started or are training
 
-        # What is imported stays: going through all of it would take the step, or a save, 50 ms now and then.
+        # Imported modules are never freed: scanning them would delay a step or a save by 50 ms now and then.
         gc.freeze()
         gc.set_threshold(GARBAGE)
         sys.setswitchinterval(SWITCH_S)
@@ -173,7 +173,7 @@ class Host:
         return caught(make)
 
     def call(self, verb: str, *args: Any) -> VerbResult | Raised:
-        """A verb of the program. Only rank 0 answers with its result, but for what all must agree on."""
+        """A verb of the program. Rank 0 returns its result; the others only what all must agree on."""
         result = caught(getattr(self.program, verb), *args)
         if isinstance(result, Raised):
             return result

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from ray.exceptions import RayError
 
-from gemma.messages import Bad, Ran, Saved
+from gemma.messages import BadStep, SaveBegun, WindowResult
 from orchestrator.hosts import memory
 from orchestrator.hosts.group import HostsFailedError
 from orchestrator.hosts.memory import Attaching
@@ -33,8 +33,8 @@ class Training:
     saving: bool = False  # a save was just sent
     prepared: bool = False  # the hosts have been told to compile what an evaluation runs
     halted: bool = False  # the hosts must be brought back to an earlier step
-    bad: list[Bad] = field(default_factory=list)  # bad steps since the hosts last stood at a restored step
-    pack_s: float = 0.0  # that the devices take for a snapshot
+    bad: list[BadStep] = field(default_factory=list)  # bad steps since the hosts last stood at a restored step
+    pack_s: float = 0.0  # device time of one snapshot
     wait_s: float = 0.0  # that hosts wait for one while devices have nothing to do
     snapshots: bool = False  # the hosts are attached to memory that outlives their processes
 
@@ -48,7 +48,7 @@ def send_steps(training: Training) -> None:
 
 
 def send_due(training: Training) -> None:
-    """An evaluation or a save that stands at this step, or that an earlier attempt did not come to."""
+    """Sends the evaluation or save due at this step, or that an earlier attempt did not reach."""
     config, report, pipeline = training.ready.config, training.ready.report, training.pipeline
     step, timeout = pipeline.step, config.timeout
     if step == 0:
@@ -130,7 +130,7 @@ def receive(training: Training) -> None:
     saves.announce_commits(training.saves, report, waiting, training.ready.config.timeout.save_s)
 
 
-def receive_steps(training: Training, ran: Ran) -> None:
+def receive_steps(training: Training, ran: WindowResult) -> None:
     report = training.ready.report
     report.rows(ran.rows)
     for bad in ran.bad:
@@ -148,14 +148,14 @@ def receive_steps(training: Training, ran: Ran) -> None:
 
 
 def diverged(training: Training, stop: Stop) -> HostsFailedError:
-    """The run must stop: names the first of the bad steps in a row that it ends with."""
+    """The error that stops the run: names the first of the last consecutive bad steps."""
     bad = since_last_good(training.bad)
     message = f"{stop.reason}; step {bad.step} trained on rows {list(bad.ids)} of the corpus"
     return HostsFailedError([Evidence(0, exception="Diverged", message=message)])
 
 
-def receive_save(training: Training, step: int, saved: Saved, on_the_way: list[int]) -> None:
-    """It has begun, or cannot be now."""
+def receive_save(training: Training, step: int, saved: SaveBegun, on_the_way: list[int]) -> None:
+    """The save has begun, or cannot now."""
     report = training.ready.report
     if saved.problem is None:
         report.saved(step, saved.seconds)

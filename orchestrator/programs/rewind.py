@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gemma.config import Guard
-from gemma.messages import Bad
+from gemma.messages import BadStep
 
 RECENT = 100  # steps, among which the guard's budget counts
 
 
 @dataclass(frozen=True)
 class GoBack:
-    """To this step at the latest; without the batch, where it is to blame."""
+    """Back to this step or before; without the batch if it is to blame."""
 
     step: int
     without_batch: bool
@@ -22,8 +22,8 @@ class Stop:
     reason: str
 
 
-def since_last_good(bad: Sequence[Bad]) -> Bad:
-    """The first of the consecutive bad steps that the list, in the order they came, ends with."""
+def since_last_good(bad: Sequence[BadStep]) -> BadStep:
+    """The first of the consecutive bad steps at the end of the list (oldest first)."""
     first = bad[-1]
     for one in reversed(bad[:-1]):
         if one.step != first.step - 1:
@@ -43,7 +43,7 @@ def over_budget(guard: Guard, bad_steps: Sequence[int]) -> Stop | None:
     return Stop(f"{len(recent)} bad steps among the last {RECENT}, up to step {newest}: guard.budget={guard.budget}")
 
 
-def decide_rewind(guard: Guard, bad: Bad, bad_steps: Sequence[int]) -> GoBack | Stop:
+def decide_rewind(guard: Guard, bad: BadStep, bad_steps: Sequence[int]) -> GoBack | Stop:
     """What to do once bad steps have halted the hosts. bad: the first of those in a row."""
     if guard.action == "stop":
         return Stop(f"step {bad.step} is bad: guard.action=stop")

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from gemma.messages import Failed
+from gemma.messages import SaveFailed
 from orchestrator.programs.window import backoff_s, warned
 from orchestrator.record import rundir
 from orchestrator.record.report import Report
@@ -20,14 +20,16 @@ class Saves:
     problem: str = ""  # of the newest of them
     until: float = math.inf  # time.monotonic() after which it is not tried any more
     meanwhile: str = "training goes on"
-    again_at: float = 0.0  # not before this is a save tried after a failure
+    again_at: float = 0.0  # after a failure, the earliest time of the next try
 
 
 def note_begun(saves: Saves, step: int) -> None:
     saves.newest, saves.begun_at = step, time.monotonic()
 
 
-def note_failures(saves: Saves, report: Report, failures: Iterable[Failed | None], on_the_way: Sequence[int]) -> None:
+def note_failures(
+    saves: Saves, report: Report, failures: Iterable[SaveFailed | None], on_the_way: Sequence[int]
+) -> None:
     """What hosts tell of saves that had begun; several may tell the same.
 
     on_the_way: steps whose save the hosts have not answered.
@@ -80,6 +82,6 @@ def fail(saves: Saves, report: Report, step: int, problem: str, on_the_way: Sequ
 
 
 def went_back(saves: Saves, committed: Sequence[int], step: int) -> None:
-    """The hosts stand at an earlier step, and write nothing: only what is on disk counts."""
+    """The hosts are back at an earlier step and write nothing: only saves on disk count."""
     saves.uncommitted.clear()
     saves.newest = max([saved for saved in committed if saved <= step], default=0)

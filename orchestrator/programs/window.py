@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 WINDOW_S = 1.0  # two windows are in flight: long enough to hide the controller, short enough to stop soon
 MOST_STEPS = 200
-STALL = 10  # of the longest step: that something may stand still without being a hang
-RECENT = 100  # units (steps, evaluations) whose longest a deadline is learnt from: one slow step is forgotten again
+STALL = 10  # times the longest step: a pause this long is not a hang
+RECENT = 100  # latest units (steps, evaluations): their longest sets the deadline; one slow step drops out
 BACKOFF_S, LONGEST_BACKOFF_S = 5.0, 300.0  # after a save has failed
-SLOWDOWN = 3  # a window so many times slower than its longest steps is not a hang
+SLOWDOWN = 3  # a window this many times slower than its longest step is no hang
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gemma.messages import Bad, Evaluated, Restored, Row
+from gemma.messages import BadStep, Evaluated, Restored, Row
 from gemma.plan import v5p
 from gemma.text.order import Order, rows_before
 from orchestrator.config import Config
@@ -205,7 +205,7 @@ class Report:
         self.look_at_files()
         self.write_goodput()
 
-    def bad(self, bad: Bad) -> None:
+    def bad(self, bad: BadStep) -> None:
         """A step whose update was not applied."""
         row = self.newest_row
         facts = {"loss": row["loss"], "grad_norm": row["grad_norm"]} if row.get("step") == bad.step else {}

@@ -25,7 +25,7 @@ def newest(folder: Path) -> int | None:
     found, place = rundir.committed(folder), folder / "checkpoints"
     kept = setting(folder, "keep_last") or 1
     expected, unreadable = history(rundir.events(folder), kept)
-    unreadable |= {int(path.name.partition(".")[0]) for path in set_aside(place)}
+    unreadable |= {int(path.name.partition(".")[0]) for path in unreadable_paths(place)}
     if expected and (not found or found[-1] < max(expected)):
         raise LostError(f"{place / str(max(expected))} was committed and is gone; {offer(folder, found)}")
     if found:
@@ -40,7 +40,7 @@ def newest(folder: Path) -> int | None:
 
 
 def setting(folder: Path, key: str) -> int:
-    """Of the section checkpoint, as the run has it; 0 where its manifest does not tell."""
+    """The run's checkpoint.KEY; 0 where its manifest does not have it."""
     with contextlib.suppress(ConfigError, KeyError, TypeError, ValueError):
         return int(rundir.read_manifest(folder).config["checkpoint"][key])
     return 0
@@ -57,7 +57,7 @@ def resumable(folder: Path) -> int | None:
 def history(events: Iterable[Mapping[str, Any]], kept: int) -> tuple[set[int], set[int]]:
     """The steps of the `kept` newest commits that must be on disk; of all commits, those set aside unreadable. Pure.
 
-    What lay beyond a step that the run went back to is in neither: it is not of the run's history any more.
+    Steps beyond one that the run went back to are in neither: they left the run's history.
     """
     commits: list[int] = []
     unreadable: set[int] = set()
@@ -73,7 +73,7 @@ def history(events: Iterable[Mapping[str, Any]], kept: int) -> tuple[set[int], s
     return set(commits[-kept:]) - unreadable, unreadable
 
 
-def set_aside(place: Path) -> list[Path]:
+def unreadable_paths(place: Path) -> list[Path]:
     if not place.is_dir():
         return []
     return [path for path in place.iterdir() if UNREADABLE in path.name and path.name.partition(".")[0].isdigit()]
@@ -100,18 +100,18 @@ def doubt(folder: Path) -> str:
     if newest_attempt > max(event.get("attempt", 0) for event in events):
         return f"{path} ends before step {max(steps)} of metrics.jsonl"
     every = setting(folder, "every")
-    if every and max(steps, default=0) >= 2 * every and not saved(events):
+    if every and max(steps, default=0) >= 2 * every and not save_was_tried(events):
         return f"{path} speaks of no save in {max(steps)} steps of checkpoint.every={every}"
     return ""
 
 
-def saved(events: Iterable[Mapping[str, Any]]) -> bool:
+def save_was_tried(events: Iterable[Mapping[str, Any]]) -> bool:
     """Whether a save was tried at least."""
     return any(event.get("event") in ("save", "save_failed", "commit", "set_aside") for event in events)
 
 
 def damaged(path: Path, readable: int) -> bool:
-    """Whether lines are lost. One that a killed writer left unfinished is not, unless it was a commit's."""
+    """Whether lines are lost. A line cut short by a killed writer is not lost, unless it was a commit."""
     lines = [line for line in path.read_bytes().splitlines() if line.strip()]
     unfinished = [line for line in lines if line.startswith(b"{") and not line.endswith(b"}") and COMMIT not in line]
     return len(lines) - len(unfinished) > readable

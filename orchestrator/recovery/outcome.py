@@ -1,4 +1,4 @@
-"""What a failure was, by evidence: who died and how, what was raised, which deadline passed. Never by words."""
+"""What a failure was, by evidence: who died and how, which exception type, which deadline passed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -62,7 +62,7 @@ def decide(history: Sequence[Failure], budget: int) -> Restart | GiveUp:
 
 
 def decide_unreadable(history: Sequence[Failure]) -> Restart | GiveUp:
-    """Of a checkpoint. Each one set aside leaves fewer, so that this ends; where it leaves as many, it would not."""
+    """For an unreadable checkpoint. Each one set aside must leave fewer, or retrying would never end."""
     last = history[-1]
     name = last.outcome.value
     if last.left == 0:

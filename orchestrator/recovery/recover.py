@@ -147,7 +147,7 @@ def diagnose(folder: Path, failed: HostsFailedError, group: Group, fleet: Fleet,
     nodes = [spot.node_id for spot in group.placement.spots]
     common = memory.newest_common(fleet.keys, nodes, held, memory.branches(rundir.events(folder)))
     done = max([report.newest, *(one.done for one in held.values())])
-    left = set_aside(folder, report) if outcome is Outcome.CHECKPOINT else 0
+    left = set_checkpoint_aside(folder, report) if outcome is Outcome.CHECKPOINT else 0
     answered = [report.newest] if report.config.evaluate or report.config.serve else []
     restorable = [*rundir.committed(folder), *([common.step] if common else []), *answered]
     told = tell(evidence, kernel)
@@ -159,7 +159,7 @@ def diagnose(folder: Path, failed: HostsFailedError, group: Group, fleet: Fleet,
     return Failure(outcome, signature, done, max(restorable, default=None), left)
 
 
-def moved(cause: Evidence, fleet: Fleet, report: Report) -> Failure:
+def record_move(cause: Evidence, fleet: Fleet, report: Report) -> Failure:
     """The run was told to move on, and has saved."""
     fleets.note_departures(fleet, memory.inventory(fleet.keepers))
     assert fleet.placement is not None
@@ -184,7 +184,7 @@ def tell(evidence: list[Evidence], kernel: dict[int, str]) -> str:
     return "\n".join(filter(None, story)) + "\n"
 
 
-def set_aside(folder: Path, report: Report) -> int:
+def set_checkpoint_aside(folder: Path, report: Report) -> int:
     """Renames the checkpoint that could not be read, so that the one before is the newest. Returns how many are
     left; 0 also where nothing could be renamed, since the same would be tried again for ever.
     """

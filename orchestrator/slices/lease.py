@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # it loads Ray, which launch.cluster list can do without
 class Lease:
     repair: Callable[[], None]  # replaces lost hosts: called again and again; NoSlicesError once there will be none
     discard: Callable[["Spot", str], None]  # asks for another host instead of a bad one, and says why; may be repeated
-    news: Callable[[], None]  # has what has happened told: called again and again
+    news: Callable[[], None]  # reports new events to the user: called repeatedly
     owns: Callable[[str], bool] = lambda name: True  # whether a slice of the Ray cluster is the run's to use, by name
     check_head: Callable[[], None] = lambda: None  # NoSlicesError once the cluster's head has ended: called often
 

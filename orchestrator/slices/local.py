@@ -76,7 +76,7 @@ def check_head(cluster: simulated.Cluster) -> None:
 
 
 def watch_head(cluster: simulated.Cluster, config: Config, left: threading.Event) -> None:
-    """Ends this process where a call of Ray's holds the run's thread although the head is lost: such a call waits for
+    """Ends this process when the head is lost and a Ray call blocks the run's thread: that Ray call waits for
     a minute, cannot be cut short, and then ends the process without a word.
     """
     while not (gone := simulated.lost_head(cluster)):

@@ -1,4 +1,4 @@
-"""Who gives the slices: one module a provider. Each has `connect(config, tell, asked)`, a context in which Ray is
+"""The providers of slices, one module each. Each has `connect(config, tell, asked)`, a context in which Ray is
 connected to a cluster that holds, or will hold, the slices as labelled nodes; leaving it gives back what the provider
 made."""
 
@@ -22,7 +22,7 @@ def provider(config: Config) -> ModuleType:
 def connect(config: Config, tell: Callable[[str, str], None], asked: Callable[[], bool]) -> Iterator[Lease]:
     """Gives what replaces lost and bad hosts.
 
-    tell: is given the news, what and what of it. asked: whether the user wants to stop. Raises ConfigError where the
+    tell: called with each event's kind and text. asked: whether the user wants to stop. Raises ConfigError where the
     provider cannot be reached, StoppedError, and TimeoutError and NoSlicesError where it gives nothing.
     """
     with provider(config).connect(config, tell, asked) as lease:

@@ -22,7 +22,7 @@ from typing import Any
 import ray
 
 from gemma.memory.wire import Address
-from gemma.messages import Ran, Restored, Row
+from gemma.messages import Restored, Row, WindowResult
 from orchestrator.config import with_id
 from orchestrator.hosts.fleet import Fleet
 from orchestrator.hosts.group import Group, HostsFailedError
@@ -66,7 +66,7 @@ class Player:
                 "ok": 1.0,
             }
             rows = tuple(Row(step + 1, metrics, 1.0, time.time()) for step in range(first, last)) if rank == 0 else ()
-            return VerbResult(Ran(rows, (), False, 0, 0.0, 0.0) if rank == 0 else None, None, None)
+            return VerbResult(WindowResult(rows, (), False, 0, 0.0, 0.0) if rank == 0 else None, None, None)
         if verb == "inventory":
             steps = {f"key-{rank}": ((10, 1), (11, 1), (12, 1)), f"key-{rank - 1}": ((10, 1), (11, 1), (12, 1))}
             return Held(Address("127.0.0.1", 1, ""), steps, {}, 12, {}, 0, None)
