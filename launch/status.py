@@ -39,12 +39,15 @@ def line(folder: Path) -> list[str]:
     manifest = rundir.read_manifest(folder)
     rows = rundir.metrics(folder)
     step = max(rows, default=0)
+    done = f"{step}/{manifest.config['train']['steps']}"
     loss = shown(rows[step].get("loss"), 4) if rows else "-"
+    if manifest.config.get("serve"):
+        done, loss = "-", f"{rows[step].get('tokens_per_s') or 0.0:.0f} tokens/s" if rows else "-"
     goodput = rundir.goodput(folder)
     share = "-" if goodput is None or goodput["goodput"] is None else f"{goodput['goodput']:.1%}"
     age = time.strftime("%Y-%m-%d %H:%M", time.localtime(manifest.created))
     copied = "" if manifest.id == folder.name else f", a copy of {manifest.id}"
-    return [folder.name, state(folder) + copied, f"{step}/{manifest.config['train']['steps']}", loss, share, age]
+    return [folder.name, state(folder) + copied, done, loss, share, age]
 
 
 def table(rows: list[list[str]]) -> str:

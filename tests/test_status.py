@@ -1,6 +1,7 @@
 """launch.status: what it calls a run, told from the run directory alone."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,11 @@ def test_a_host_in_quarantine_is_named_however_long_ago_that_was(tmp_path: Path)
     happened(folder, "unfit", host="10.0.0.2", slice="a", worker=3, node="f00", why="chip 1 multiplies wrong")
     happened(folder, *["save"] * 50)
     assert "quarantined: host 10.0.0.2 (worker 3 of a): chip 1 multiplies wrong" in detail(folder)
+
+
+def test_a_server_shows_tokens_and_not_a_loss(tmp_path: Path) -> None:
+    folder = fabricate(tmp_path, "serving")
+    manifest = rundir.read_manifest(folder)
+    rundir.write_manifest(folder, replace(manifest, config=manifest.config | {"serve": {"name": "gemma-2"}}))
+    (folder / "metrics.jsonl").write_text('{"step": 7, "attempt": 1, "time": 1.0, "tokens_per_s": 950.5}\n')
+    assert line(folder)[2:4] == ["-", "950 tokens/s"]
