@@ -107,3 +107,9 @@ def test_text_completions_take_texts_and_token_ids() -> None:
     for wrong in (None, 3, [], [[]], [True], ["a", 3]):
         with pytest.raises(RequestError, match="prompt: must be"):
             of(wrong)
+
+
+@pytest.mark.parametrize("key", ["echo", "suffix"])
+def test_what_text_completions_do_not_serve_is_refused_and_not_passed_over(key: str) -> None:
+    with pytest.raises(RequestError, match=f"{key}: is not served here"):
+        api.parse(json.dumps({"model": "m", "prompt": "a", key: True}).encode(), chat=False)

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from gemma.config import ConfigError, Mesh, fill
 from gemma.schedule import rate
-from launch.evaluate import defaults
+from launch.weights import defaults
 from orchestrator.change import Change, Kind, changes, extending, kind_of, rates, refuse
 from orchestrator.config import Config, flatten, from_container, typed_keys
 

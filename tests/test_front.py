@@ -26,7 +26,7 @@ GOOD = {"model": "gemma-2", "messages": [{"role": "user", "content": "Hi"}], "ma
 
 
 def config(**changes: Any) -> Config:
-    from launch.evaluate import defaults
+    from launch.weights import defaults
     from orchestrator import config as configs
 
     made = configs.from_container(defaults(["wandb.mode=disabled"], "serve"))
@@ -232,3 +232,17 @@ def test_pages_of_configured_origins_may_ask_and_no_others() -> None:
 
 def test_config_of_a_server_is_that_of_training_otherwise() -> None:
     assert config().optim == config_of().optim
+
+
+def test_a_client_that_is_gone_before_its_answer_begins_leaves_nothing() -> None:
+    with serving(steps_s=0.002) as (address, router):
+        host, port = address.removeprefix("http://").split(":")
+        for stream in (True, False):
+            raw = json.dumps(GOOD | {"stream": stream, "max_tokens": 40}).encode()
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n".encode()
+            for number in range(150):
+                with socket.create_connection((host, int(port))) as gone:
+                    gone.sendall(head + raw)
+                    if number % 2:
+                        time.sleep(0.001 * (number % 7))
+        wait_idle(router)

@@ -21,12 +21,6 @@ class Sampling:
     bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
     logprobs: int | None = None  # of each token chosen, and of so many most likely ones; None: of none
 
-    @property
-    def plain(self) -> bool:
-        """Whether the most likely token is chosen and nothing else matters."""
-        penalties = (self.frequency, self.presence, self.repetition) != (0.0, 0.0, 1.0)
-        return self.temperature == 0 and not penalties and not self.bias
-
 
 @dataclass(frozen=True)
 class Limits:

@@ -43,8 +43,6 @@ class Wanted:
     stops: tuple[str, ...]
     stream: bool
     include_usage: bool
-    echo: bool = False
-    seeded: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,6 @@ def parse(body: bytes, chat: bool) -> Wanted:
         stops=stops(given),
         stream=stream,
         include_usage=include_usage(given, stream),
-        echo=boolean(given, "echo"),
-        seeded=seed is not None,
     )
 
 
@@ -127,8 +123,9 @@ def refuse_unknown(given: Mapping[str, Any], chat: bool) -> None:
         elif key not in KNOWN[chat] | IGNORED:
             raise RequestError(f"{key[:100]}: unknown field; allowed are {', '.join(sorted(KNOWN[chat]))}", key[:100])
     if not chat:
-        if given.get("suffix"):
-            raise RequestError("suffix: is not served here", "suffix")
+        for key in ("suffix", "echo"):
+            if given.get(key):
+                raise RequestError(f"{key}: is not served here", key)
         if given.get("best_of", 1) not in (1, given.get("n", 1)):
             raise RequestError("best_of: is not served here; give n", "best_of")
 
