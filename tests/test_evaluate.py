@@ -95,7 +95,7 @@ def test_the_result_is_the_mean_over_targets_of_each_set() -> None:
         (["run=trained", "step=7"], "no such checkpoint; allowed"),
         (["run=trained", "step=x"], "must be a whole number"),
         (["run=trained", "model.width=32"], "evaluate.weights"),
-        (["run=undisturbed"], "is an evaluation itself"),
+        (["run=undisturbed"], "has no weights of its own"),
     ],
 )
 def test_a_mistake_is_one_line_and_makes_nothing(root: Path, arguments: list[str], said: str) -> None:

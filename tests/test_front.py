@@ -246,3 +246,19 @@ def test_a_client_that_is_gone_before_its_answer_begins_leaves_nothing() -> None
                     if number % 2:
                         time.sleep(0.001 * (number % 7))
         wait_idle(router)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_a_vanished_client_asked_for_is_cancelled_and_not_finished(stream: bool) -> None:
+    with serving(steps_s=0.03) as (address, router):
+        host, port = address.removeprefix("http://").split(":")
+        raw = json.dumps(GOOD | {"stream": stream, "max_tokens": 60}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n".encode()
+        with socket.create_connection((host, int(port))) as gone:
+            gone.sendall(head + raw)
+            while not router.requests:
+                time.sleep(0.005)
+            (request,) = router.requests.values()
+            time.sleep(0.1)
+        wait_idle(router)
+        assert [one.ended for one in request.sequences] == ["cancelled"]

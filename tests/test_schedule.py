@@ -211,3 +211,15 @@ def test_what_can_never_be_computed_is_refused() -> None:
     assert schedule.refusal(LIMITS, Sequence(0, (4,) * 90, GREEDY, 6, frozenset())) is None
     assert "the context is 96" in str(schedule.refusal(LIMITS, Sequence(0, (4,) * 90, GREEDY, 7, frozenset())))
     assert "the cache holds 36" in str(schedule.refusal(small, Sequence(0, (4,) * 30, GREEDY, 7, frozenset())))
+
+
+def test_equal_tokens_after_another_beginning_are_not_shared() -> None:
+    """Their keys and values depend on all that goes before, and on where they stand."""
+    beginning, common = tuple(range(4, 8)), tuple(range(20, 28))
+    batch = schedule.open_batch(LIMITS)
+    made = [
+        Sequence(n, prompt, GREEDY, 5, frozenset()) for n, prompt in enumerate([beginning + common, common + beginning])
+    ]
+    for turn, one in enumerate(made):
+        run(batch, {0: [one]}, turn)
+    assert batch.found == 0
