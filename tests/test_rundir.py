@@ -38,10 +38,10 @@ def test_a_mistake_seen_on_a_host_takes_a_fresh_run_away_but_never_a_checkpoint(
 ) -> None:
     from orchestrator import run
 
-    def drive(*_: object) -> None:
+    def run_on_cluster(*_: object) -> None:
         raise ConfigError("data.path: the hosts do not see the same text")
 
-    monkeypatch.setattr(run, "drive", drive)
+    monkeypatch.setattr(run, "run_on_cluster", run_on_cluster)
     folder = fabricate(tmp_path, "some", "wandb.mode=disabled", done=done)
     config = with_id(config_of("wandb.mode=disabled"), "some", str(tmp_path))
     with Interrupt() as interrupt, pytest.raises(ConfigError, match=r"^data.path: "):

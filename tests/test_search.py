@@ -60,7 +60,7 @@ def test_across_slices_only_replicas() -> None:
 
 def test_a_search_compiles_few_and_ranks_what_fits_first(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Config] = []
-    monkeypatch.setattr(ahead, "ask", fits_from(64, asked))
+    monkeypatch.setattr(ahead, "facts_of", fits_from(64, asked))
     config = composed(
         ["model=gemma2_27b", "cluster.slice=v5p-1024", "data.sequence=8192", "plan.search=true", "plan.compiles=2"]
     )
@@ -74,7 +74,7 @@ def test_a_search_compiles_few_and_ranks_what_fits_first(monkeypatch: pytest.Mon
 
 def test_the_smallest_slice_is_looked_for_from_below(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Config] = []
-    monkeypatch.setattr(ahead, "ask", fits_from(1, asked))
+    monkeypatch.setattr(ahead, "facts_of", fits_from(1, asked))
     config = composed(["model=gemma2_9b", "data.sequence=8192", "plan.smallest=true"])
     found = search.smallest(config, {"data.sequence"}, [], lambda *_: None)
     assert found[0].slice == asked[0].cluster.slice == "v5p-8"  # 147 GB of state over four chips
@@ -84,19 +84,19 @@ def test_the_smallest_slice_is_looked_for_from_below(monkeypatch: pytest.MonkeyP
 
 
 def test_a_run_that_fits_by_far_asks_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "ask", not_asked)
+    monkeypatch.setattr(ahead, "facts_of", not_asked)
     preflight.check_fits(composed(["model=tiny", "cluster=ray", "cluster.address=x:1"]))
 
 
 @pytest.mark.parametrize("override", ["plan.skip=true", "cluster=local"])
 def test_a_simulated_slice_and_plan_skip_ask_no_compiler(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "ask", not_asked)
+    monkeypatch.setattr(ahead, "facts_of", not_asked)
     preflight.check_fits(composed([*LARGE, "cluster=ray", "cluster.address=x:1", override]))
 
 
 def test_a_run_that_does_not_fit_is_refused_and_the_nearest_mesh_named(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Config] = []
-    monkeypatch.setattr(ahead, "ask", fits_from(32, asked))
+    monkeypatch.setattr(ahead, "facts_of", fits_from(32, asked))
     mesh = ["mesh.fsdp=8", "mesh.replica=64", "mesh.tensor=1"]
     config = composed([*(o for o in LARGE if "mesh" not in o), *mesh, "cluster=ray", "cluster.address=x:1"])
     with pytest.raises(preflight.ConfigError) as refusal:
@@ -109,7 +109,7 @@ def test_a_run_that_does_not_fit_is_refused_and_the_nearest_mesh_named(monkeypat
 
 def test_where_no_mesh_of_the_slice_fits_the_way_to_a_larger_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Config] = []
-    monkeypatch.setattr(ahead, "ask", fits_from(64, asked))
+    monkeypatch.setattr(ahead, "facts_of", fits_from(64, asked))
     overrides = ["model=gemma2_27b", "cluster=ray", "cluster.address=x:1", "cluster.slice=v5p-8", "train.batch=4"]
     with pytest.raises(preflight.ConfigError, match=r"fits: none on a v5p-8; .* plan.smallest=true"):
         preflight.check_fits(composed([*overrides, "data.sequence=8192"]))
@@ -131,7 +131,7 @@ def test_arithmetic_knows_more_memory_and_more_work() -> None:
 
 
 def test_of_meshes_equally_near_the_fastest_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "ask", fits_from(1, []))
+    monkeypatch.setattr(ahead, "facts_of", fits_from(1, []))
     mesh = ["cluster.slice=v5p-16", "data.sequence=8192", "train.batch=8", "mesh.replica=8", "mesh.fsdp=1"]
     found = search.nearest(composed(["model=gemma2_27b", "cluster=ray", "cluster.address=x:1", *mesh]), lambda *_: None)
     assert found
