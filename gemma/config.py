@@ -318,7 +318,7 @@ class Serve:
     name: str  # what clients call the model
     slots: int  # sequences that decode together
     context: int | None  # positions of a sequence, at most; null is the model's
-    page: int  # positions of a page of the cache
+    page: int | None  # positions of a page of the cache; null is 16, on TPU 128
     chunk: int  # tokens of a prompt that are computed at a time, beside decoding
     cache_tokens: int | None  # positions that the cache holds, over all sequences; null is what memory has room for
     weights: Literal["auto", "float32", "bfloat16"]  # auto: bfloat16 on TPU, float32 elsewhere
@@ -335,12 +335,14 @@ class Serve:
         for key in ("checkpoint", "api_keys"):
             require_local(f"serve.{key}", getattr(self, key) or "")
         require(bool(self.name), "serve.name=: empty; give what clients call the model")
-        counts = {key: getattr(self, key) for key in ("slots", "page", "chunk", "queue")}
+        counts = {key: getattr(self, key) for key in ("slots", "chunk", "queue")}
         require_at_least("serve", counts, 1)
         require(self.slots <= 4096, f"serve.slots={self.slots}: must be at most 4096")
+        page = self.page
+        require(page is None or 1 <= page <= 1024, f"serve.page={page}: must lie in 1..1024, or be null")
         for key in ("context", "cache_tokens"):
             value = getattr(self, key)
-            require(value is None or value >= self.page, f"serve.{key}={value}: must be at least serve.page, or null")
+            require(value is None or value >= (page or 1), f"serve.{key}={value}: must be at least serve.page, or null")
         require(0 <= self.port < 2**16, f"serve.port={self.port}: must lie in 0..65535")
         require(
             self.prefix == "" or self.prefix.startswith("/") and not self.prefix.endswith("/"),
@@ -400,6 +402,11 @@ def check(program: Program) -> None:
         ways = getattr(mesh, key)
         allowed = [n for n in range(1, min(size, 8192) + 1) if size % n == 0]
         require(ways in allowed, f"mesh.{key}={ways}: must divide {name}={size}; allowed: {allowed}")
+    if data.tokenizer == "byte":
+        require(model.vocab >= 260, f"model.vocab={model.vocab}: the byte tokenizer needs at least 260")
+    if program.serve is not None:
+        require(mesh.replica == 1, f"mesh.replica={mesh.replica}: a server has one copy of the weights; must be 1")
+        return
     rows = mesh.batch_shards * train.accumulation
     require(
         train.batch % rows == 0,
@@ -416,5 +423,3 @@ def check(program: Program) -> None:
         require(
             first < train.steps, f"profile.steps={list(program.profile.steps)}: begins after train.steps={train.steps}"
         )
-    if data.tokenizer == "byte":
-        require(model.vocab >= 260, f"model.vocab={model.vocab}: the byte tokenizer needs at least 260")

@@ -117,9 +117,10 @@ class Planning:
     smallest: bool
     compiles: int
     skip: bool
+    length: int  # of a server: positions that each sequence has while it decodes, and tokens of a prompt
 
     def __post_init__(self) -> None:
-        require_at_least("plan", {"compiles": self.compiles}, 1)
+        require_at_least("plan", {"compiles": self.compiles, "length": self.length}, 1)
 
 
 @dataclass(frozen=True)
@@ -168,12 +169,22 @@ class Config:
         return self.slice.chips * self.cluster.num_slices
 
     @property
+    def given_mesh(self) -> Mesh:
+        """Of a server that leaves fsdp and tensor open, heads go over as many chips as they can; simulated ones are one
+        processor's, so there they stay together.
+        """
+        if self.serve is None or (self.mesh.fsdp, self.mesh.tensor) != (-1, -1):
+            return self.mesh
+        ways = math.gcd(self.chips, self.model.kv_heads, self.model.hidden, self.model.vocab)
+        return replace(self.mesh, tensor=1 if self.cluster.kind == "local" else ways)
+
+    @property
     def program(self) -> Program:
         """What the hosts are given, its mesh filled."""
         return Program(
             self.model,
             self.data,
-            fill(self.mesh, self.chips),
+            fill(self.given_mesh, self.chips),
             self.optim,
             self.train,
             self.eval,

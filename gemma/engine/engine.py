@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gemma.batching.plans import MOST_LOGPROBS, Admit, Answer, Chosen, Chunk, Limits, Plan, Row, Scored, Table
 from gemma.config import Model
 from gemma.engine import sampling
-from gemma.engine.forward import FEWEST_ROWS, Cache, Rows, Shape, hidden, unstacked
+from gemma.engine.forward import FEWEST_ROWS, Cache, Rows, Shape, hidden, pages_of, unstacked, weight_places
 from gemma.model.transformer import float32_means_float32, logits
 from gemma.train import aot
 
@@ -79,13 +79,12 @@ def load(engine: Engine, params: Tree) -> None:
 def fresh(shape: Shape, limits: Limits) -> State:
     model, dtype = shape.model, jnp.dtype(shape.dtype)
     pages = [limits.local_pages if layer % 2 == 0 else limits.global_pages for layer in range(model.layers)]
-    K, H = model.kv_heads, model.head_size
-    keys = tuple(jnp.zeros((K, count, H, limits.page), dtype) for count in pages)
-    values = tuple(jnp.zeros((K, count, limits.page, H), dtype) for count in pages)
+    layout, tensor = pages_of(shape), shape.mesh.shape["tensor"]
+    cache = tuple(layout.empty(model, count, limits.page, dtype, tensor) for count in pages)
     B, V = limits.slots, model.vocab
     numbers = jax.tree.map(jnp.asarray, sampling.no_numbers(B))
     return State(
-        Cache(keys, values),
+        cache,
         jnp.zeros(B, jnp.int32),
         jnp.zeros((B, V), jnp.int16),
         jnp.zeros((B, V), bool),
@@ -93,36 +92,30 @@ def fresh(shape: Shape, limits: Limits) -> State:
     )
 
 
-def places(shape: Shape, mesh: jax.sharding.Mesh) -> Tree:
-    """Keys and values are cut along their heads over `tensor`, counts along the vocabulary; all else is everywhere."""
-    everywhere, heads, vocabulary = (
-        NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("tensor",), VOCABULARY)
-    )
-    of = (heads,) * shape.model.layers
+def places(shape: Shape) -> Tree:
+    """Pages are cut along their first axis over `tensor`, counts along the vocabulary; all else is everywhere."""
+    axes = (), ("tensor",), VOCABULARY
+    everywhere, heads, vocabulary = (NamedSharding(shape.mesh, PartitionSpec(*of)) for of in axes)
+    tensor = shape.mesh.shape["tensor"]
+    layer = partial(pages_of(shape).empty, shape.model, 1, 1, jnp.dtype(shape.dtype), tensor)
+    a_layer = jax.eval_shape(layer)
+    of = ((heads,) * len(a_layer),) * shape.model.layers
     numbers: Tree = sampling.Numbers(*[everywhere] * len(sampling.Numbers._fields))  # type: ignore[arg-type]
-    found: Tree = State(Cache(of, of), everywhere, vocabulary, vocabulary, numbers)  # type: ignore[arg-type]
+    found: Tree = State(of, everywhere, vocabulary, vocabulary, numbers)  # type: ignore[arg-type]
     return found
 
 
-@dataclass(frozen=True)
-class Place:
-    """The place of an array, and of what an index of its first axis gives."""
+class Program(NamedTuple):
+    """What is compiled ahead: a function, the shapes and places of what it takes, and the places of what it gives."""
 
-    mesh: jax.sharding.Mesh
-    axes: tuple[Any, ...]
-
-    def __getitem__(self, _: int) -> "Place":
-        return Place(self.mesh, self.axes[1:])
+    function: Any
+    arguments: tuple[Any, ...]
+    places: Any
+    donated: tuple[int, ...]
 
     @property
-    def sharding(self) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec(*self.axes))
-
-
-def place_of(leaf: jax.ShapeDtypeStruct) -> Place:
-    given = leaf.sharding
-    assert isinstance(given, NamedSharding)
-    return Place(given.mesh, tuple(given.spec) + (None,) * (len(leaf.shape) - len(given.spec)))  # type: ignore[arg-type]
+    def jitted(self) -> Any:
+        return jax.jit(self.function, donate_argnums=self.donated, out_shardings=self.places)
 
 
 def prepare(
@@ -131,55 +124,55 @@ def prepare(
     """Compiles every program, or reads it from disk; whether all were there. params: jax.ShapeDtypeStruct, placed."""
     shape = Shape(model, dtype, mesh)
     engine = Engine(limits, shape, mesh, None, None, {}, set())
-    weights = jax.eval_shape(partial(unstacked, model=model), params)
-    layout = jax.tree.map(lambda place: place.sharding, unstacked(jax.tree.map(place_of, params), model))
-    placed = partial(jax.tree.map, lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at))
-    weights = placed(weights, layout)
-    abstract = placed(jax.eval_shape(partial(fresh, shape, limits)), places(shape, mesh))
-    state, vocabulary = places(shape, mesh), NamedSharding(mesh, PartitionSpec(*VOCABULARY))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    outs = {
-        "unstack": layout,
-        "fresh": state,
-        "admit": state,
-        "pick": (state, everywhere),
-        "decode": (state, vocabulary),
-    }
-    outs |= {"prefill": (state, vocabulary, None), "score": (state, vocabulary, everywhere)}
-    jitted: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
-    one = partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
-    for span in limits.spans:
-        for R in limits.rows:
-            jitted["decode", R, span] = (
-                partial(decode, shape),
-                (weights, abstract, *row_shapes(limits, R, 1, span, one)),
-            )
-        for T in limits.chunks:
-            given = weights, abstract, *row_shapes(limits, 1, T, span, one)[1:], one((1, T)), one((1,))
-            jitted["prefill", T, span] = partial(prefill, shape, False), given
-            if limits.scores:
-                jitted["score", T, span] = partial(prefill, shape, True), (*given, one((1, T)))
-    for R in sorted({1, *limits.rows}):
-        logits_RV = jax.ShapeDtypeStruct((R, shape.model.vocab), jnp.float32, sharding=vocabulary)
-        for logprobs in (False, True):
-            jitted["pick", R, logprobs] = partial(pick, logprobs), (abstract, one((R,)), one((R,)), logits_RV)
-    numbers = sampling.no_numbers(1)
-    V = shape.model.vocab
-    jitted["unstack", 1] = partial(unstacked, model=model), (params,)
-    jitted["fresh", 1] = partial(fresh, shape, limits), ()
-    jitted["admit", 1] = admit, (abstract, np.int32(0), numbers, np.zeros(V, np.int16), np.zeros(V, bool))
+    wanted = programs(shape, params, limits)
     held = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(params))
     facts = (model, dtype, held, limits, tuple(mesh.shape.items()))
 
     def compiled(name: tuple[Any, ...]) -> bool:
-        function, arguments = jitted[name]
-        donated: tuple[int, ...] = {"admit": (0,), "pick": (0,), "unstack": (), "fresh": ()}.get(name[0], (1,))
-        program = jax.jit(function, donate_argnums=donated, out_shardings=outs[name[0]])
-        engine.programs[name], there = aot.compiled("-".join(map(str, name)), program, arguments, facts, cache)
+        program = wanted[name]
+        engine.programs[name], there = aot.compiled(
+            "-".join(map(str, name)), program.jitted, program.arguments, facts, cache
+        )
         return there
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return engine, all(list(pool.map(compiled, jitted)))  # every one, also after one that was not there
+        return engine, all(list(pool.map(compiled, wanted)))  # every one, also after one that was not there
+
+
+def programs(shape: Shape, params: Tree, limits: Limits) -> dict[tuple[Any, ...], Program]:
+    """All that an engine runs, by name and sizes."""
+    mesh, V = shape.mesh, shape.model.vocab
+    everywhere, vocabulary = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), VOCABULARY))
+    state, layout = places(shape), weight_places(shape)
+    weights = placed(jax.eval_shape(partial(unstacked, model=shape.model), params), layout)
+    abstract = placed(jax.eval_shape(partial(fresh, shape, limits)), state)
+    one = partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=everywhere)
+    found: dict[tuple[Any, ...], Program] = {}
+    for span in limits.spans:
+        for R in limits.rows:
+            given = weights, abstract, *row_shapes(limits, R, 1, span, one)
+            found["decode", R, span] = Program(partial(decode, shape), given, (state, vocabulary), (1,))
+        for T in limits.chunks:
+            given = weights, abstract, *row_shapes(limits, 1, T, span, one)[1:], one((1, T)), one((1,))
+            found["prefill", T, span] = Program(partial(prefill, shape, False), given, (state, vocabulary, None), (1,))
+            if limits.scores:
+                scores = (state, vocabulary, everywhere)
+                found["score", T, span] = Program(partial(prefill, shape, True), (*given, one((1, T))), scores, (1,))
+    for R in sorted({1, *limits.rows}):
+        logits_RV = jax.ShapeDtypeStruct((R, V), jnp.float32, sharding=vocabulary)
+        for logprobs in (False, True):
+            given = abstract, one((R,)), one((R,)), logits_RV
+            found["pick", R, logprobs] = Program(partial(pick, logprobs), given, (state, everywhere), (0,))
+    admitted = abstract, np.int32(0), sampling.no_numbers(1), np.zeros(V, np.int16), np.zeros(V, bool)
+    return found | {
+        ("unstack", 1): Program(partial(unstacked, model=shape.model), (params,), layout, ()),
+        ("fresh", 1): Program(partial(fresh, shape, limits), (), state, ()),
+        ("admit", 1): Program(admit, admitted, state, (0,)),
+    }
+
+
+def placed(tree: Tree, at: Tree) -> Tree:
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, at)
 
 
 def row_shapes(limits: Limits, R: int, T: int, span: int, one: Any) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gemma.batching.plans import Answer, Limits, Plan, pages_for
-from gemma.config import Model, Program, Serve
+from gemma.config import Mesh, Model, Program, Serve
 from gemma.engine import engine as engines
 from gemma.messages import Opened, Restored
 from gemma.model import load
@@ -20,8 +20,8 @@ from gemma.plan import flops, v5p
 
 Tree = Any
 NORMS = ("final_norm", "norms_P4D")  # a few kilobytes: float32, always
-FREE_SHARE = 0.85  # of a chip's memory, for weights and cache; the rest is for what is computed on the way
 CPU_CACHE_BYTES = 1 << 30
+PAGES = {False: 16, True: 128}  # positions of a page; on TPU the kernel asks for pages one by one, so they are larger
 
 
 class Server:
@@ -35,7 +35,7 @@ class Server:
         self.mesh = make_mesh(program.mesh)
         platform = self.mesh.devices.flat[0].platform
         self.dtype = dtype_of(program.serve, platform)
-        self.limits = limits_of(program.serve, program.model, self.dtype, platform, program.mesh.tensor)
+        self.limits = limits_of(program.serve, program.model, self.dtype, platform, program.mesh)
         self.abstract = abstract_params(program.model, self.mesh, self.dtype)
         computed = self.dtype if platform == "tpu" else "float32"
         self.engine, self.cached = engines.prepare(
@@ -94,24 +94,26 @@ def abstract_params(model: Model, mesh: jax.sharding.Mesh, dtype: str) -> Tree:
     return nnx.to_pure_dict(placed)
 
 
-def limits_of(serve: Serve, model: Model, dtype: str, platform: str, tensor: int) -> Limits:
+def limits_of(serve: Serve, model: Model, dtype: str, platform: str, mesh: Mesh) -> Limits:
     """The compiled shapes, and how many pages fit beside the weights. Pure: all hosts find the same."""
-    page, context = serve.page, min(serve.context or model.context, model.context)
+    page = serve.page or PAGES[platform == "tpu"]
+    context = min(serve.context or model.context, model.context)
     context = pages_for(context, page) * page
     chunk = min(serve.chunk, context)
     spans = (
         {context} if platform == "tpu" else {min(context, pages_for(size, page) * page) for size in (256, 1024, 4096)}
     )
     local_tokens = min(context, model.window + chunk + 2 * page)  # of a sequence
-    token_bytes = 2 * (model.layers // 2) * model.kv_heads * model.head_size * jnp.dtype(dtype).itemsize // tensor
+    token_bytes = 2 * (model.layers // 2) * model.kv_heads * model.head_size * jnp.dtype(dtype).itemsize // mesh.tensor
     local_pages = serve.slots * pages_for(local_tokens, page) + 1
     wanted = serve.cache_tokens or serve.slots * context
     if serve.cache_tokens is None:
-        weights = sum(flops.parameters(model)) * jnp.dtype(dtype).itemsize // tensor
-        room = v5p.HBM_BYTES * FREE_SHARE - weights if platform == "tpu" else CPU_CACHE_BYTES
+        weights = sum(flops.parameters(model)) * jnp.dtype(dtype).itemsize // (mesh.tensor * mesh.fsdp)
+        room = v5p.HBM_BYTES * v5p.FREE_SHARE - weights if platform == "tpu" else CPU_CACHE_BYTES
         wanted = min(wanted, int(room // token_bytes) - local_pages * page)
     global_pages = max(pages_for(wanted, page), pages_for(context, page)) + 1
-    rows = sorted({size for size in (1, 8, 64) if size < serve.slots} | {serve.slots})
+    sizes = (8, 64) if platform == "tpu" else (1, 8, 64)  # fewer than 8 rows are no faster on TPU
+    rows = sorted({size for size in sizes if size < serve.slots} | {serve.slots})
     chunks = sorted({max(1, chunk // 16), max(1, chunk // 4), chunk})
     return Limits(
         serve.slots,

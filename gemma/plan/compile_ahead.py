@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma.config import Program
-from gemma.plan import hlo, v5p
+from gemma.plan import hlo, serving_ahead, v5p
 from gemma.plan.hlo_cost import Cost, Place, cost
 
 if TYPE_CHECKING:  # JAX comes in when this is a process of its own
@@ -209,8 +209,9 @@ def main() -> None:
     os.environ |= QUIET
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # whoever asked is gone: nobody waits for the answer
     out, sys.stdout = sys.stdout, sys.stderr
-    job = pickle.load(sys.stdin.buffer)
-    json.dump(asdict(facts(job)), out)
+    job: Job = pickle.load(sys.stdin.buffer)
+    serves = job.program.serve is not None
+    json.dump(asdict(serving_ahead.facts(job.program, job.topology) if serves else facts(job)), out)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from gemma.plan.hlo import HBM, Computation, HloError, Instruction, Module, arra
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "copy-done"}
 ASYNC_OPS = ("copy-start", "async-start", "async-update", "async-done")  # while other things are computed
+PAGED = "ragged_paged_attention"
 # What reads or writes a part of a large array, where only the part moves.
 READS_PART, WRITES_PART = ("dynamic-slice", "slice", "gather"), ("dynamic-update-slice", "scatter")
 
@@ -33,6 +34,7 @@ class Cost:
     sent_bytes: {mesh axes: {kind: bytes a device sends}}, by the ring algorithm.
     network_s: the time those take one after another, by `bandwidth`.
     gradients_s: of it the reduce-scatters over `fsdp`.
+    Nothing of a paged kernel is in any of them: what it reads follows from the rows' lengths.
     """
 
     flops: float
@@ -59,7 +61,7 @@ def cost(module: Module, mesh: dict[str, int], places: Sequence[Place]) -> Cost:
     total_flops = hbm_bytes = roofline_s = roofline_once_s = kernels_s = cycles_s = network_s = gradients_s = 0.0
     sent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for where, i, times in executed(module):
-        if i.opcode in FREE:
+        if i.opcode in FREE or i.opcode == "custom-call" and PAGED in i.name:
             continue
         kinds = [(piece, kind) for piece in nested(module, i) if (kind := collective_kind(piece))]
         for piece, kind in kinds:
@@ -199,19 +201,25 @@ def part_read(module: Module, inner: Computation, at: int) -> float:
     names, total = [inner.parameters[at].name], 0.0
     while names:
         name = names.pop()
+        if inner.by_name[name].root:
+            return float("inf")
         for user in inner.instructions:
             if name not in user.operands:
                 continue
-            if user.opcode == "bitcast":
+            within = module.computations[str(user.attribute("calls"))] if user.opcode == "fusion" else None
+            if user.opcode == "bitcast" or within and only_bitcasts(within):
                 names.append(user.name)
-            elif user.opcode == "fusion":
-                within = module.computations[str(user.attribute("calls"))]
+            elif within:
                 total += sum(part_read(module, within, k) for k, used in enumerate(user.operands) if used == name)
             elif user.opcode in READS_PART and user.operands[0] == name:
                 total += user.arrays[0].bytes
             elif not (user.opcode in WRITES_PART and user.operands[0] == name):
                 return float("inf")
     return total
+
+
+def only_bitcasts(within: Computation) -> bool:
+    return all(i.opcode in ("bitcast", "parameter") for i in within.instructions)
 
 
 def collective_kind(i: Instruction) -> str | None:

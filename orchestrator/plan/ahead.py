@@ -25,7 +25,7 @@ Tell = Callable[[str, float], None]  # what is being compiled, and for how many 
 
 @dataclass(frozen=True)
 class Answer:
-    facts: dict[str, Any]  # `gemma.plan.compile_ahead.Facts`
+    facts: dict[str, Any]  # `gemma.plan.compile_ahead.Facts`; of a server `gemma.plan.serving_ahead.ServingFacts`
     cached: bool
 
 
@@ -34,7 +34,7 @@ class CompilerError(RuntimeError):
 
 
 def facts_of(config: Config, tell: Tell) -> Answer:
-    """Compiles config's train step for its slices, or remembers. Minutes, or an instant.
+    """Compiles config's programs for its slices, or remembers. Minutes, or an instant.
 
     Raises ConfigError where there is no compiler, CompilerError where it fails or is not done in timeout.compile_s.
     """
@@ -61,7 +61,12 @@ def key(config: Config) -> str:
     p = config.program
     train = (p.train.batch, p.train.dtype, p.train.accumulation, p.train.remat, p.train.loss_chunk)
     reduced = p.train.gradients_in
-    step = (p.model, p.mesh, p.data.sequence, train, reduced, p.optim.schedule, p.optim.clip_norm is None)
+    step: tuple[Any, ...] = (p.model, p.mesh)
+    if p.serve is not None:
+        shapes = (p.serve.slots, p.serve.context, p.serve.page, p.serve.chunk, p.serve.cache_tokens, p.serve.weights)
+        step += (*shapes,)
+    else:
+        step += (p.data.sequence, train, reduced, p.optim.schedule, p.optim.clip_norm is None)
     where = (config.slice.topology, config.cluster.num_slices)
     versions = packages("jax", "jaxlib", "libtpu", "flax", "optax")
     return hashlib.sha256(repr((step, where, versions, source_digest())).encode()).hexdigest()[:24]
@@ -108,4 +113,6 @@ def compiled(config: Config, log: Path, tell: Tell) -> str:
 def name(config: Config) -> str:
     mesh, train = config.program.mesh, config.program.train
     shape = f"{mesh.replica} x {mesh.fsdp} x {mesh.tensor}"
+    if config.serve is not None:
+        return f"a server of {config.model.name} on {config.cluster.slice}, mesh {shape}, {config.serve.slots} slots"
     return f"{config.model.name} on {config.cluster.slice}, mesh {shape}, batch {train.batch}, remat {train.remat}"

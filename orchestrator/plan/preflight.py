@@ -12,7 +12,7 @@ from gemma.config import ConfigError, naming
 from gemma.plan import analytic, flops, v5p
 from gemma.text import corpus, tokenizer
 from orchestrator.config import Config
-from orchestrator.plan import ahead, plan, search
+from orchestrator.plan import ahead, plan, search, serving
 from orchestrator.record import source
 from orchestrator.slices import metadata
 from orchestrator.slices.cluster import check_complete
@@ -125,7 +125,10 @@ def check_size(config: Config) -> None:
 
 def check_fits(config: Config) -> None:
     """Compiles the programs for the slices before any is asked for. Raises ConfigError naming what fits."""
-    if config.cluster.kind == "local" or config.plan.skip or config.evaluate is not None or config.serve is not None:
+    if config.cluster.kind == "local" or config.plan.skip or config.evaluate is not None:
+        return
+    if config.serve is not None:
+        check_served(config)
         return
     if analytic.hbm_bytes(config.program) < FAR_BELOW * v5p.HBM_BYTES:
         return
@@ -151,6 +154,22 @@ def check_fits(config: Config) -> None:
         f"{shown}: needs {made.needed_bytes / 1e9:.1f} GB of {v5p.HBM_BYTES / 1e9:.0f} GB HBM a chip{whose} with"
         f" train.remat={config.train.remat}{also}; nearest that fits: {fitting} (plan.skip=true overrides)"
     )
+
+
+def check_served(config: Config) -> None:
+    """Weights and one sequence must fit on the chips; the cache takes what is left. By arithmetic alone."""
+    program, serve = config.program, config.serve
+    assert serve is not None
+    width, ways = serving.BYTES[serve.weights], program.mesh.tensor * program.mesh.fsdp
+    weights = sum(flops.parameters(config.model)) * width / ways
+    context = min(serve.context or config.model.context, config.model.context)
+    needed = weights + serving.read_bytes(config, context, 1)
+    if needed > v5p.FREE_SHARE * v5p.HBM_BYTES:
+        raise ConfigError(
+            f"mesh.fsdp={program.mesh.fsdp} mesh.tensor={program.mesh.tensor}: weights and one sequence of {context}"
+            f" need {needed / 1e9:.1f} GB a chip, and have {v5p.FREE_SHARE * v5p.HBM_BYTES / 1e9:.1f} GB; give a larger"
+            " cluster.slice, or serve.weights=bfloat16 (plan.skip=true overrides)"
+        )
 
 
 def check_directory(key: str, root: str) -> None:
