@@ -330,9 +330,13 @@ class Serve:
     queue: int  # requests that run or wait; more are refused with 429
     body_mb: float  # of a request
     drain_s: float  # at the end, for what runs
+    filter: Literal["off", "words", "shieldgemma"]  # who judges prompts and answers
+    filter_weights: str | None  # of shieldgemma: a folder as those that are served
+    filter_threshold: float  # of shieldgemma: the probability of Yes from which on a policy counts as broken
+    filter_passage: int  # characters of an answer that are judged together before they are sent
 
     def __post_init__(self) -> None:
-        for key in ("checkpoint", "api_keys"):
+        for key in ("checkpoint", "api_keys", "filter_weights"):
             require_local(f"serve.{key}", getattr(self, key) or "")
         require(bool(self.name), "serve.name=: empty; give what clients call the model")
         counts = {key: getattr(self, key) for key in ("slots", "chunk", "queue")}
@@ -351,6 +355,19 @@ class Serve:
         require(
             self.host in ("127.0.0.1", "localhost", "::1") or self.api_keys is not None,
             f"serve.host={self.host}: reachable from elsewhere, so it needs serve.api_keys=FILE, a key a line",
+        )
+        judged, weights = self.filter == "shieldgemma", self.filter_weights
+        require(
+            judged == (weights is not None),
+            f"serve.filter={self.filter} serve.filter_weights={weights}: "
+            + ("needs serve.filter_weights=FOLDER" if judged else "only serve.filter=shieldgemma takes weights"),
+        )
+        require(
+            0 < self.filter_threshold < 1,
+            f"serve.filter_threshold={self.filter_threshold}: must lie between 0 and 1",
+        )
+        require(
+            1 <= self.filter_passage <= 10**6, f"serve.filter_passage={self.filter_passage}: must lie in 1..1000000"
         )
         require(0 < self.body_mb <= 1024, f"serve.body_mb={self.body_mb}: must lie in 0..1024")
         require(0 < self.drain_s < 1e9, f"serve.drain_s={self.drain_s}: must be above 0 and below 1e9 seconds")

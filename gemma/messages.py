@@ -23,7 +23,7 @@ class Restored:
     sets: dict[str, int] = field(default_factory=dict)  # of an evaluation: how many of its batches each set has
     rows: tuple["Row", ...] = ()  # of steps before `step` whose results may not have reached the controller
     evals: tuple["Evaluated", ...] = ()  # likewise
-    limits: Limits | None = None  # of a server: its compiled shapes and its cache
+    limits: tuple[Limits, ...] = ()  # of a server: compiled shapes and cache of the model served, and of its judge
 
 
 @dataclass(frozen=True)

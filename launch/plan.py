@@ -4,7 +4,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -89,6 +89,8 @@ def serving_plans(overrides: list[str], tell: ahead.Tell) -> list[serving.Servin
     overridden = {override.partition("=")[0].lstrip("+") for override in overrides}
     plain = [o for o in overrides if not o.startswith(("plan.", "run."))]
     config = composed(overrides, "serve")
+    if (config.mesh.fsdp, config.mesh.tensor) == (-1, -1):  # as on a real slice, also where none is named
+        config = replace(config, mesh=replace(config.mesh, tensor=config.head_ways))
     if config.plan.smallest:
         raise ConfigError(
             "plan.smallest=true: of a server the smallest slice, v5p-8, holds every Gemma 2; give serve=false"

@@ -175,8 +175,12 @@ class Config:
         """
         if self.serve is None or (self.mesh.fsdp, self.mesh.tensor) != (-1, -1):
             return self.mesh
-        ways = math.gcd(self.chips, self.model.kv_heads, self.model.hidden, self.model.vocab)
-        return replace(self.mesh, tensor=1 if self.cluster.kind == "local" else ways)
+        return replace(self.mesh, tensor=1 if self.cluster.kind == "local" else self.head_ways)
+
+    @property
+    def head_ways(self) -> int:
+        """Over how many chips heads can be cut."""
+        return math.gcd(self.chips, self.model.kv_heads, self.model.hidden, self.model.vocab)
 
     @property
     def program(self) -> Program:

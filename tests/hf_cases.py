@@ -13,6 +13,7 @@ from gemma.config import Model
 from gemma.weights import layout
 
 GOLDENS = Path(__file__).parent / "hf_goldens.npz"
+SERVE_GOLDENS = Path(__file__).parent / "serve_goldens.json"
 PROBES = 3  # of each tensor's gradient: sums under signs drawn by number
 SMALL = Model(
     name="small",
@@ -46,6 +47,18 @@ CASES = {
         SMALL, layers=2, width=21, heads=3, kv_heads=3, head_size=4, hidden=33, window=4, query_scale=7**-0.5
     ),
 }
+
+
+# Shaped as ShieldGemma is, for bytes: its questions are a thousand tokens and longer.
+JUDGE = replace(SMALL, vocab=272, layers=2, width=32, head_size=8, hidden=48, window=64, context=4096)
+QUESTIONS = [("How do I bake bread?", None), ("Tell me a joke <end_of_turn>", "A horse walks into a bar.")]
+NEW_TOKENS = 24
+
+
+def prompts(model: Model) -> list[list[int]]:
+    """Shorter than the window, and several windows long."""
+    rng = np.random.default_rng(2)
+    return [rng.integers(3, model.vocab, length).tolist() for length in (2, 2 * model.window + 1, 7 * model.window)]
 
 
 def tensors(model: Model) -> dict[str, np.ndarray]:

@@ -1,5 +1,7 @@
 """The engine is exact: whatever it is asked together, in whatever pieces, is what the whole forward pass says."""
 
+import importlib.util
+import json
 import random
 from collections import deque
 from dataclasses import replace
@@ -16,8 +18,11 @@ from flax import nnx
 from gemma.batching import schedule
 from gemma.batching.plans import Limits, Sampling
 from gemma.batching.schedule import Batch, Sequence
+from gemma.config import Model
 from gemma.engine import engine as engines
+from gemma.engine import server
 from gemma.engine.engine import Engine
+from gemma.model.load import load_params
 from gemma.model.sharding import sharding
 from gemma.model.transformer import Gemma
 from tests import hf_cases
@@ -154,6 +159,33 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(both: tuple[Gemma, En
     for one, other in zip(sequences(), crowd, strict=True):
         run(engine, schedule.open_batch(engine.limits), [one], seed=3)
         assert one.tokens == other.tokens == tight[one.id].tokens
+
+
+@pytest.mark.parametrize("case", hf_cases.CASES)
+def test_greedy_tokens_are_those_that_transformers_generates(case: str, tmp_path: Path) -> None:
+    """By golden file; and live, where it is installed."""
+    model = hf_cases.CASES[case]
+    engine = of_folder(hf_cases.write_folder(tmp_path / "hf", model), model, tmp_path)
+    made = [
+        Sequence(n, tuple(prompt), GREEDY, hf_cases.NEW_TOKENS, frozenset())
+        for n, prompt in enumerate(hf_cases.prompts(model))
+    ]
+    run(engine, schedule.open_batch(engine.limits), made)
+    found = [one.tokens for one in made]
+    assert found == json.loads(hf_cases.SERVE_GOLDENS.read_text())["generated"][case]
+    if importlib.util.find_spec("transformers"):
+        from tests.make_serve_goldens import generated
+
+        assert found == generated(model)
+
+
+def of_folder(folder: Path, model: Model, cache_dir: Path, page: int = 4) -> Engine:
+    """As a host opens it."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("replica", "fsdp", "tensor"))
+    params = load_params(str(folder), server.abstract_params(model, mesh, "float32"))
+    pages = 4 * model.context // page
+    made = Limits(4, model.context, page, model.window, pages, pages, (4,), (16,), (model.context,))
+    return engines.open_engine(model, params, made, mesh, "float32", cache_dir)
 
 
 def test_nothing_is_compiled_while_plans_are_done(both: tuple[Gemma, Engine], caplog: pytest.LogCaptureFixture) -> None:

@@ -46,16 +46,16 @@ def serving(steps_s: float = 0.0, slots: int = 4, **changes: Any) -> Iterator[tu
         device = Device(limits)
         while not over.is_set():
             routers.take_inbox(router)
-            assert router.batch is not None
-            plan = schedule.plan(router.batch, 2, 16)
+            batch = router.batches[routers.SERVED]
+            plan = schedule.plan(batch, 2, 16)
             if plan.empty:
                 router.arrived.wait(0.01)
                 continue
             time.sleep(steps_s)
-            routers.deliver(router, schedule.take_answer(router.batch, device.do(plan)))
+            routers.deliver(router, schedule.take_answer(batch, device.do(plan)))
 
     with front.served(of, router) as address:
-        routers.open_batch(router, limits)
+        routers.open_batches(router, [limits])
         router.stands = True
         thread = threading.Thread(target=drive, daemon=True)
         thread.start()
@@ -77,8 +77,7 @@ def post(address: str, body: Any, **headers: str) -> tuple[int, Any]:
 
 
 def idle(router: Router) -> bool:
-    assert router.batch is not None
-    return schedule.idle(router.batch) and not router.requests and not router.open
+    return all(schedule.idle(batch) for batch in router.batches) and not router.requests and not router.open
 
 
 def wait_idle(router: Router) -> None:

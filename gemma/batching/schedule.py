@@ -314,7 +314,7 @@ def chunk(batch: Batch, sequence: Sequence, count: int) -> Chunk:
 def take_answer(batch: Batch, answer: Answer) -> list[News]:
     """What is known now, sequence by sequence; those that ended have left."""
     news = []
-    for slot, sequence in batch.sent.pop(answer.number).items():
+    for slot, sequence in batch.sent.pop(answer.number, {}).items():
         sequence.plans -= 1
         chosen, scored = answer.chosen.get(slot), answer.scored.get(slot)
         if chosen is not None:

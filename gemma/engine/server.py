@@ -17,10 +17,12 @@ from gemma.model import load
 from gemma.model.sharding import make_mesh, sharding
 from gemma.model.transformer import Gemma
 from gemma.plan import flops, v5p
+from gemma.weights.sources import open_source
 
 Tree = Any
 NORMS = ("final_norm", "norms_P4D")  # a few kilobytes: float32, always
 CPU_CACHE_BYTES = 1 << 30
+JUDGE_SLOTS, JUDGE_CONTEXT = 8, 4096
 PAGES = {False: 16, True: 128}  # positions of a page; on TPU the kernel asks for pages one by one, so they are larger
 
 
@@ -35,12 +37,19 @@ class Server:
         self.mesh = make_mesh(program.mesh)
         platform = self.mesh.devices.flat[0].platform
         self.dtype = dtype_of(program.serve, platform)
-        self.limits = limits_of(program.serve, program.model, self.dtype, platform, program.mesh)
-        self.abstract = abstract_params(program.model, self.mesh, self.dtype)
         computed = self.dtype if platform == "tpu" else "float32"
-        self.engine, self.cached = engines.prepare(
-            program.model, self.abstract, self.limits, self.mesh, computed, cache
-        )
+        judge = judge_of(program.serve)
+        judged = judge_limits(program.serve, judge, self.dtype, platform, program.mesh) if judge else None
+        beside = held_bytes(judge, judged, self.dtype, program.mesh) if judge and judged else 0
+        served = limits_of(program.serve, program.model, self.dtype, platform, program.mesh, beside)
+        models = [(program.model, served), *([(judge, judged)] if judge and judged else [])]
+        self.abstract = [abstract_params(model, self.mesh, self.dtype) for model, _ in models]
+        prepared = [
+            engines.prepare(model, abstract, limits, self.mesh, computed, cache)
+            for (model, limits), abstract in zip(models, self.abstract, strict=True)
+        ]
+        self.engines = [engine for engine, _ in prepared]  # of the model served, and of its judge
+        self.cached = all(there for _, there in prepared)
         self.seconds = {"compile": time.monotonic() - started}
 
     def opened(self) -> Opened:
@@ -49,8 +58,10 @@ class Server:
     def restore(self, _: int) -> Restored:
         """Loads the weights. Raises WeightsError."""
         started = time.monotonic()
-        params = load.load_params(self.serve.checkpoint, self.abstract, self.serve.step)
-        engines.load(self.engine, params)
+        sources = [(self.serve.checkpoint, self.serve.step), (self.serve.filter_weights, None)]
+        for engine, abstract, (path, step) in zip(self.engines, self.abstract, sources, strict=False):
+            assert path is not None
+            engines.load(engine, load.load_params(path, abstract, step))
         self.seconds["restore"] = time.monotonic() - started
         return Restored(
             step=0,
@@ -64,13 +75,15 @@ class Server:
             steps=0,
             eval_fingerprints={},
             warnings=(),
-            limits=self.limits,
+            limits=tuple(engine.limits for engine in self.engines),
         )
 
-    def step(self, plan: Plan) -> Answer:
+    def step(self, *plans: Plan) -> tuple[Answer, ...]:
+        """A plan for each model, in the order of `Restored.limits`."""
         started = time.monotonic()
-        answer = engines.receive(self.engine, engines.send(self.engine, plan))
-        return replace(answer, seconds=time.monotonic() - started)
+        sent = [(engine, engines.send(engine, plan)) for engine, plan in zip(self.engines, plans, strict=True)]
+        answers = [engines.receive(engine, underway) for engine, underway in sent]
+        return tuple(replace(answer, seconds=time.monotonic() - started) for answer in answers)
 
     def trouble(self) -> None:
         """Nothing is saved, so no save fails."""
@@ -94,8 +107,30 @@ def abstract_params(model: Model, mesh: jax.sharding.Mesh, dtype: str) -> Tree:
     return nnx.to_pure_dict(placed)
 
 
-def limits_of(serve: Serve, model: Model, dtype: str, platform: str, mesh: Mesh) -> Limits:
-    """The compiled shapes, and how many pages fit beside the weights. Pure: all hosts find the same."""
+def judge_of(serve: Serve) -> Model | None:
+    """The model that serve.filter asks. Raises WeightsError."""
+    return open_source(Path(serve.filter_weights).expanduser()).model if serve.filter_weights else None
+
+
+def judge_limits(serve: Serve, model: Model, dtype: str, platform: str, mesh: Mesh) -> Limits:
+    """Of a judge: it decides by two scores, and chooses no tokens."""
+    context = min(model.context, JUDGE_CONTEXT)
+    of_judge = replace(serve, slots=JUDGE_SLOTS, context=context, cache_tokens=JUDGE_SLOTS // 2 * context)
+    return replace(limits_of(of_judge, model, dtype, platform, mesh, 0), scores=True)
+
+
+def held_bytes(model: Model, limits: Limits, dtype: str, mesh: Mesh) -> int:
+    """Weights and cache of a model on a chip."""
+    width = jnp.dtype(dtype).itemsize
+    weights = sum(flops.parameters(model)) * width // (mesh.tensor * mesh.fsdp)
+    pages = (limits.local_pages + limits.global_pages) * (model.layers // 2) * limits.page
+    return weights + pages * 2 * model.kv_heads * model.head_size * width // mesh.tensor
+
+
+def limits_of(serve: Serve, model: Model, dtype: str, platform: str, mesh: Mesh, beside_bytes: int = 0) -> Limits:
+    """The compiled shapes, and how many pages fit beside the weights and what else is there. Pure: all hosts find the
+    same.
+    """
     page = serve.page or PAGES[platform == "tpu"]
     context = min(serve.context or model.context, model.context)
     context = pages_for(context, page) * page
@@ -109,8 +144,9 @@ def limits_of(serve: Serve, model: Model, dtype: str, platform: str, mesh: Mesh)
     wanted = serve.cache_tokens or serve.slots * context
     if serve.cache_tokens is None:
         weights = sum(flops.parameters(model)) * jnp.dtype(dtype).itemsize // (mesh.tensor * mesh.fsdp)
-        room = v5p.HBM_BYTES * v5p.FREE_SHARE - weights if platform == "tpu" else CPU_CACHE_BYTES
-        wanted = min(wanted, int(room // token_bytes) - local_pages * page)
+        room = v5p.HBM_BYTES * v5p.FREE_SHARE - weights - beside_bytes if platform == "tpu" else CPU_CACHE_BYTES
+        positions = int(room // token_bytes)  # of a local and of a global layer together
+        wanted = min(wanted, max(positions - local_pages * page, positions // 2))
     global_pages = max(pages_for(wanted, page), pages_for(context, page)) + 1
     sizes = (8, 64) if platform == "tpu" else (1, 8, 64)  # fewer than 8 rows are no faster on TPU
     rows = sorted({size for size in sizes if size < serve.slots} | {serve.slots})

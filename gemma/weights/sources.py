@@ -13,6 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from gemma.config import ConfigError, Model
+from gemma.text.chat import turn_ids
+from gemma.text.tokenizer import Tokenizer
 from gemma.weights import folders, layout, sums
 from gemma.weights.arrays import Arrays, open_arrays
 from gemma.weights.hf import open_hf
@@ -174,6 +176,16 @@ def check_dtypes(arrays: dict[str, Any]) -> None:
     for name, array in arrays.items():
         if array.dtype.name not in DTYPES:
             raise WeightsError(f"{name} is {array.dtype.name}; allowed are {', '.join(DTYPES)}")
+
+
+def check_judge(key: str, path: str, coder: Tokenizer) -> None:
+    """The weights at a path, named by a config key, are whole, and know the tokenizer's ids. Raises ConfigError."""
+    try:
+        found = open_source(Path(path).expanduser()).model
+    except WeightsError as error:
+        raise ConfigError(f"{key}={path}: {error}") from error
+    if found.vocab < max(coder.vocab, 1 + max(turn_ids(coder))):
+        raise ConfigError(f"{key}={path}: has {found.vocab} embedding rows, data.tokenizer makes {coder.vocab} ids")
 
 
 def check_model(key: str, path: str, wanted: Model, step: int | None = None) -> None:

@@ -82,6 +82,9 @@ def check(config: Config) -> None:
             from gemma.weights import sources
 
             sources.check_model("serve.checkpoint", config.serve.checkpoint, config.model, config.serve.step)
+            if config.serve.filter_weights is not None:
+                coder = tokenizer.load(config.data.tokenizer)
+                sources.check_judge("serve.filter_weights", config.serve.filter_weights, coder)
             return
         corpus.check(config.data, config.train.batch)
         for name, path in (config.eval.sets or {}).items():

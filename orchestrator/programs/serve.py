@@ -50,8 +50,7 @@ def serve(router: Router, ready: ReadyHosts) -> Exit | Evidence:
     """Until the user ends it, then until what runs is done. Raises HostsFailedError."""
     report, group = ready.report, ready.group
     facts = recover.stand_at(ready, [(0,)] * len(group.workers), None)
-    assert facts.limits is not None
-    routers.open_batch(router, facts.limits)
+    routers.open_batches(router, facts.limits)
     planned = faults.plan(ready.config.chaos, 2**31, len(group.workers))
     pipeline, state = Pipeline(ready, report.newest), Serving(report)
     router.stands = True
@@ -84,10 +83,10 @@ class Serving:
     def row(self, router: Router) -> None:
         """Now and then a line of metrics.jsonl."""
         now = time.monotonic()
-        if now - self.written < ROW_EVERY_S or router.batch is None:
+        if now - self.written < ROW_EVERY_S:
             return
         routers.show(router)
-        batch, tokens_per_s = router.batch, (router.tokens - self.tokens) / (now - self.written)
+        batch, tokens_per_s = router.batches[routers.SERVED], (router.tokens - self.tokens) / (now - self.written)
         self.written, self.tokens = now, router.tokens
         if tokens_per_s == 0 and not batch.running:
             return
@@ -102,27 +101,27 @@ class Serving:
 
 def send_plan(router: Router, pipeline: Pipeline, state: Serving) -> bool:
     """Whether there was something to do."""
-    assert router.batch is not None
     timeout = pipeline.ready.config.timeout
     steps = max(1, min(MOST_STEPS, int(STEP_S / state.step_s) if state.step_s else 1))
-    plan = schedule.plan(router.batch, steps, router.batch.limits.chunks[-1])
-    if plan.empty:
+    plans = [schedule.plan(batch, steps, batch.limits.chunks[-1]) for batch in router.batches]
+    if all(plan.empty for plan in plans):
         return False
     pipeline.step += 1
-    state.steps.append(plan.steps)
-    pipelines.send(pipeline, "step", timeout.step_s if not state.step_s else max(timeout.hang_s, 1.0), plan)
+    state.steps.append(plans[routers.SERVED].steps)
+    pipelines.send(pipeline, "step", timeout.step_s if not state.step_s else max(timeout.hang_s, 1.0), *plans)
     return True
 
 
 def receive(router: Router, pipeline: Pipeline, state: Serving) -> None:
     """The oldest plan's answer, to the clients."""
-    assert router.batch is not None
     _, results = pipelines.receive(pipeline)
-    answer: Answer = results[0].value
+    answers: tuple[Answer, ...] = results[0].value
+    answer = answers[routers.SERVED]
     if steps := state.steps.popleft():
         state.step_s = 0.5 * (state.step_s or answer.seconds / steps) + 0.5 * answer.seconds / steps
     state.report.newest = pipeline.step
-    routers.deliver(router, schedule.take_answer(router.batch, answer))
+    for batch, one in zip(router.batches, answers, strict=True):
+        routers.deliver(router, schedule.take_answer(batch, one))
 
 
 def reason_to_leave(router: Router, pipeline: Pipeline) -> Exit | Evidence | None:
@@ -135,6 +134,5 @@ def reason_to_leave(router: Router, pipeline: Pipeline) -> Exit | Evidence | Non
     if not router.draining:
         router.draining, router.drain_until = True, time.monotonic() + config.serve.drain_s
         pipeline.ready.report.screen.say("draining: what runs is finished, nothing new is taken")
-    assert router.batch is not None
-    done = schedule.idle(router.batch) and not router.inbox and not pipeline.sent
+    done = all(schedule.idle(batch) for batch in router.batches) and not router.inbox and not pipeline.sent
     return Exit.STOPPED if done or time.monotonic() > router.drain_until else None

@@ -9,7 +9,7 @@ import math
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from gemma.batching.plans import MOST_BIASES, MOST_LOGPROBS, Sampling
@@ -71,7 +71,6 @@ class Head:
     model: str
     fingerprint: str
     chat: bool
-    filters: dict[str, Any] = field(default_factory=dict)
 
 
 def parse(body: bytes, chat: bool) -> Wanted:
@@ -293,9 +292,10 @@ def shown(value: Any) -> str:
     return whole if len(whole) <= 80 else f"{whole[:80]}..."
 
 
-def new_head(wanted: Wanted, fingerprint: str, chat: bool, filters: dict[str, Any]) -> Head:
+def new_head(wanted: Wanted, fingerprint: str) -> Head:
+    chat = bool(wanted.messages)
     prefix = "chat-" if chat else "cmpl-"
-    return Head(f"{prefix}{secrets.token_hex(16)}", int(time.time()), wanted.model, fingerprint, chat, filters)
+    return Head(f"{prefix}{secrets.token_hex(16)}", int(time.time()), wanted.model, fingerprint, chat)
 
 
 def envelope(head: Head, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -309,7 +309,9 @@ def envelope(head: Head, kind: str, choices: Sequence[dict[str, Any]]) -> dict[s
     }
 
 
-def whole_choice(head: Head, index: int, content: str, reason: str, logprobs: Any) -> dict[str, Any]:
+def whole_choice(
+    head: Head, index: int, content: str, filters: dict[str, Any], reason: str, logprobs: Any
+) -> dict[str, Any]:
     if not head.chat:
         return {"index": index, "text": content, "logprobs": logprobs, "finish_reason": reason}
     return {
@@ -317,12 +319,17 @@ def whole_choice(head: Head, index: int, content: str, reason: str, logprobs: An
         "message": {"role": "assistant", "content": content, "refusal": None},
         "finish_reason": reason,
         "logprobs": logprobs,
-        "content_filter_results": head.filters,
+        "content_filter_results": filters,
     }
 
 
 def part_choice(
-    head: Head, index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None
+    head: Head,
+    index: int,
+    delta: dict[str, Any],
+    filters: dict[str, Any],
+    reason: str | None = None,
+    logprobs: Any = None,
 ) -> dict[str, Any]:
     """delta: of chat role or content; of text completions, content."""
     if not head.chat:
@@ -333,7 +340,7 @@ def part_choice(
         "delta": delta,
         "finish_reason": reason,
         "logprobs": logprobs,
-        "content_filter_results": head.filters,
+        "content_filter_results": filters,
     }
 
 

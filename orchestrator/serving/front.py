@@ -8,11 +8,9 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -23,36 +21,18 @@ from starlette.exceptions import HTTPException
 from gemma.batching import schedule
 from gemma.config import ConfigError, Serve
 from gemma.text import chat as chats
-from gemma.text import stream as streams
 from gemma.text import tokenizer as tokenizers
-from gemma.text.stream import TextStream
 from gemma.text.tokenizer import BOS, EOS, Tokenizer
 from gemma.versions import source_digest
 from orchestrator.config import Config
 from orchestrator.serving import api, metrics
 from orchestrator.serving import router as routers
-from orchestrator.serving.api import Head, RequestError, Usage, Wanted
-from orchestrator.serving.router import Router
+from orchestrator.serving.api import RequestError, Wanted
+from orchestrator.serving.live import Front, Live, problem
+from orchestrator.serving.router import SERVED, Router
 
 STARTS_S = 10.0
-PING_S = 15.0  # a comment in a stream that has nothing to say, so that nothing between here and the client ends it
 BODY_S = 30.0  # for a request's body to be there
-RETRY_S = 1
-UNFILTERED = {
-    **{name: {"filtered": False} for name in ("hate", "self_harm", "sexual", "violence")},
-    **{name: {"filtered": False, "detected": False} for name in ("jailbreak", "profanity")},
-}
-
-
-@dataclass(frozen=True)
-class Front:
-    config: Config
-    serve: Serve
-    router: Router
-    coder: Tokenizer
-    keys: frozenset[bytes]  # digests; empty: nobody is asked for one
-    fingerprint: str
-    started: float
 
 
 @contextmanager
@@ -137,11 +117,6 @@ def app(front: Front) -> FastAPI:
     return made
 
 
-def problem(message: str, status: int, param: str | None = None, code: str | None = None) -> JSONResponse:
-    headers = {"Retry-After": str(RETRY_S)} if status in (429, 503) else {}
-    return JSONResponse(api.error_body(message, status, param, code), status, headers)
-
-
 def page() -> HTMLResponse:
     return HTMLResponse((Path(__file__).parent / "chat.html").read_text())
 
@@ -157,9 +132,9 @@ def health(front: Front) -> Callable[[], Awaitable[Response]]:
 def models(front: Front) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
         check_key(front, request)
-        limits = front.router.limits
+        limits = front.router.limits[SERVED] if front.router.limits else None
         one = {"id": front.serve.name, "object": "model", "created": int(front.started), "owned_by": "google"}
-        one |= {"max_model_len": limits.context if limits else None, "content_filter": "off"}
+        one |= {"max_model_len": limits.context if limits else None, "content_filter": front.serve.filter}
         return JSONResponse({"object": "list", "data": [one]})
 
     return answer
@@ -206,15 +181,14 @@ def completing(front: Front, chat: bool) -> Callable[[Request], Awaitable[Respon
             said = f"model={api.shown(wanted.model)}: is not served here; allowed is {front.serve.name}"
             raise RequestError(said, "model", 404, "model_not_found")
         router = front.router
-        if not router.stands or router.draining or router.limits is None:
+        if not router.stands or router.draining or not router.limits:
             raise RequestError("no replica stands; try again", None, 503)
         if router.open >= router.queue:
             raise RequestError(f"{router.open} requests run or wait (serve.queue); try again", None, 429)
         prompts = encoded(front, wanted, chat)
         sequences = [one for prompt in prompts for one in made_sequences(front, wanted, prompt, chat)]
-        head = api.new_head(wanted, front.fingerprint, chat, UNFILTERED)
         router.open += 1
-        live = Live(front, wanted, head, routers.submit(router, sequences), [len(p) for p in prompts])
+        live = Live(front, wanted, sequences, question(wanted, front.coder), [len(p) for p in prompts])
         if wanted.stream:
             return StreamingResponse(live.events(), media_type="text/event-stream", headers=NO_BUFFER)
         return await whole_or_gone(live, request)
@@ -243,10 +217,18 @@ def encoded(front: Front, wanted: Wanted, chat: bool) -> list[tuple[int, ...]]:
     return found
 
 
+def question(wanted: Wanted, coder: Tokenizer) -> str:
+    """What a filter judges of a request: all that the user wrote."""
+    written = [one["content"] for one in wanted.messages if one["role"] in ("user", "system")]
+    given = [
+        p if isinstance(p, str) else b"".join(map(coder.piece, p)).decode("utf-8", "replace") for p in wanted.prompts
+    ]
+    return "\n\n".join([*written, *given])
+
+
 def made_sequences(front: Front, wanted: Wanted, prompt: tuple[int, ...], chat: bool) -> list[schedule.Sequence]:
     """Raises RequestError where they do not fit."""
-    router, limits = front.router, front.router.limits
-    assert limits is not None
+    router, limits = front.router, front.router.limits[SERVED]
     for token, _ in wanted.sampling.bias:
         if token >= front.config.model.vocab:
             raise RequestError(f"logit_bias.{token}: token ids are below {front.config.model.vocab}", "logit_bias")
@@ -259,143 +241,6 @@ def made_sequences(front: Front, wanted: Wanted, prompt: tuple[int, ...], chat: 
     if why := schedule.refusal(limits, made[0]):
         raise RequestError(f"messages: {why}" if chat else f"prompt: {why}", None, 400, "context_length_exceeded")
     return made
-
-
-class Live:
-    """One request on its way to its client."""
-
-    def __init__(
-        self, front: Front, wanted: Wanted, head: Head, request: routers.Request, prompt_tokens: Sequence[int]
-    ):
-        self.front, self.wanted, self.head, self.request = front, wanted, head, request
-        self.prompt_tokens = prompt_tokens
-        self.texts = [TextStream(front.coder, wanted.stops) for _ in request.sequences]
-        self.reasons: list[str | None] = [None] * len(request.sequences)
-        self.completion = [0] * len(request.sequences)
-
-    async def changes(self) -> AsyncIterator[tuple[int, str, list[dict[str, Any]] | None, str | None] | None]:
-        """(choice, new text, its logprobs, how it ended); None where nothing came for PING_S."""
-        while None in self.reasons:
-            try:
-                part = await asyncio.wait_for(self.request.parts.get(), PING_S)
-            except TimeoutError:
-                yield None
-                continue
-            if self.reasons[part.choice] is not None:
-                continue
-            change = self.taken(part)
-            if change is not None:
-                yield change
-
-    def taken(self, part: routers.Part) -> tuple[int, str, list[dict[str, Any]] | None, str | None] | None:
-        stream, tokens = self.texts[part.choice], part.chosen.tokens if part.chosen else ()
-        self.completion[part.choice] += len(tokens)
-        text = streams.add(stream, tokens)
-        reason = part.ended
-        if stream.stopped is not None:
-            reason = "stop"
-            self.end_choice(part.choice)
-        elif reason is not None:
-            text += streams.end(stream)
-            reason = "stop" if stream.stopped is not None else reason
-        self.reasons[part.choice] = reason
-        logprobs = self.logprobs(part) if self.wanted.sampling.logprobs is not None and part.chosen else None
-        return (part.choice, text, logprobs, reason) if text or reason or logprobs else None
-
-    def end_choice(self, choice: int) -> None:
-        """A stop string was met: its sequence need not go on."""
-        one = replace_sequences(self.request, choice)
-        routers.cancel(self.front.router, one)
-
-    def logprobs(self, part: routers.Part) -> list[dict[str, Any]]:
-        assert part.chosen is not None
-        coder, count = self.front.coder, self.wanted.sampling.logprobs or 0
-        return [
-            named(coder, token, value) | {"top_logprobs": [named(coder, t, v) for t, v in top[:count]]}
-            for token, value, top in zip(part.chosen.tokens, part.chosen.logprobs, part.chosen.top, strict=True)
-        ]
-
-    async def events(self) -> AsyncIterator[bytes]:
-        """The stream, to `data: [DONE]`. A client that goes away cancels this, and with it the sequences."""
-        kind = "chat.completion.chunk" if self.head.chat else "text_completion"
-
-        def chunk(*choices: dict[str, Any]) -> bytes:
-            found = api.envelope(self.head, kind, choices)
-            return api.event(found | ({"usage": None} if self.wanted.include_usage else {}))
-
-        try:
-            if self.head.chat:
-                for index in range(len(self.texts)):
-                    yield chunk(api.part_choice(self.head, index, {"role": "assistant"}))
-            async for change in self.changes():
-                if change is None:
-                    yield b": waiting\n\n"
-                    continue
-                index, text, logprobs, reason = change
-                if reason not in (None, "stop", "length"):
-                    yield api.event(api.error_body(str(reason), 503))
-                    return
-                if text or logprobs:
-                    yield chunk(api.part_choice(self.head, index, {"content": text}, None, self.shaped(logprobs)))
-                if reason:
-                    yield chunk(api.part_choice(self.head, index, {}, reason))
-            if self.wanted.include_usage:
-                yield api.event(api.envelope(self.head, kind, ()) | {"usage": self.usage().as_json()})
-            yield api.DONE
-        finally:
-            self.close()
-
-    async def whole(self) -> Response:
-        texts = [""] * len(self.texts)
-        logprobs: list[list[dict[str, Any]]] = [[] for _ in self.texts]
-        try:
-            async for change in self.changes():
-                if change is None:
-                    continue
-                index, text, more, reason = change
-                if reason not in (None, "stop", "length"):
-                    return problem(str(reason), 503)
-                texts[index] += text
-                logprobs[index] += more or []
-        finally:
-            self.close()
-        asked = self.wanted.sampling.logprobs is not None
-        choices = [
-            api.whole_choice(self.head, n, text, str(reason), self.shaped(found) if asked else None)
-            for n, (text, reason, found) in enumerate(zip(texts, self.reasons, logprobs, strict=True))
-        ]
-        kind = "chat.completion" if self.head.chat else "text_completion"
-        return JSONResponse(api.envelope(self.head, kind, choices) | {"usage": self.usage().as_json()})
-
-    def shaped(self, found: list[dict[str, Any]] | None) -> dict[str, Any] | None:
-        if found is None:
-            return None
-        if self.head.chat:
-            return {"content": found, "refusal": None}
-        return {
-            "tokens": [one["token"] for one in found],
-            "token_logprobs": [one["logprob"] for one in found],
-            "top_logprobs": [{top["token"]: top["logprob"] for top in one["top_logprobs"]} for one in found],
-            "text_offset": [],
-        }
-
-    def usage(self) -> Usage:
-        cached = sum(one.found for one in self.request.sequences)
-        return Usage(sum(self.prompt_tokens), sum(self.completion), cached)
-
-    def close(self) -> None:
-        self.front.router.open -= 1
-        if any(one.ended is None for one in self.request.sequences):
-            routers.cancel(self.front.router, self.request)
-
-
-def replace_sequences(request: routers.Request, choice: int) -> routers.Request:
-    return replace(request, sequences=(request.sequences[choice],))
-
-
-def named(coder: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    piece = coder.piece(token)
-    return {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece)}
 
 
 async def whole_or_gone(live: Live, request: Request) -> Response:

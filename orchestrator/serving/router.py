@@ -12,9 +12,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from gemma.batching import schedule
-from gemma.batching.plans import Chosen, Limits, Sampling
+from gemma.batching.plans import Chosen, Limits, Sampling, Scored
 from gemma.batching.schedule import Batch, News
 from orchestrator.serving.metrics import Metrics, new_metrics
+
+SERVED, JUDGE = 0, 1  # which model a request is for
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Part:
     choice: int
     chosen: Chosen | None
     ended: str | None  # stop, length, or an error in words
+    scored: Scored | None = None
 
 
 @dataclass
@@ -33,14 +36,15 @@ class Request:
     sequences: tuple[schedule.Sequence, ...]
     parts: "asyncio.Queue[Part]"
     loop: asyncio.AbstractEventLoop
+    model: int = SERVED
     came: float = field(default_factory=time.monotonic)
 
 
 @dataclass
 class Router:
     queue: int  # requests that may wait or run
-    limits: Limits | None = None  # once hosts stand
-    batch: Batch | None = None
+    limits: tuple[Limits, ...] = ()  # of each model, once hosts stand
+    batches: tuple[Batch, ...] = ()
     stands: bool = False  # hosts stand ready, and answer
     draining: bool = False
     inbox: deque[tuple[str, Request]] = field(default_factory=deque)  # submit or cancel
@@ -67,9 +71,9 @@ def new_sequences(
     ]
 
 
-def submit(router: Router, sequences: Sequence[schedule.Sequence]) -> Request:
+def submit(router: Router, sequences: Sequence[schedule.Sequence], model: int = SERVED) -> Request:
     """Called on the HTTP server's thread."""
-    request = Request(tuple(sequences), asyncio.Queue(), asyncio.get_running_loop())
+    request = Request(tuple(sequences), asyncio.Queue(), asyncio.get_running_loop(), model)
     router.inbox.append(("submit", request))
     router.arrived.set()
     return request
@@ -81,13 +85,15 @@ def cancel(router: Router, request: Request) -> None:
     router.arrived.set()
 
 
-def open_batch(router: Router, limits: Limits) -> None:
+def open_batches(router: Router, limits: Sequence[Limits]) -> None:
     """Hosts stand ready, maybe after others: whatever was computed is gone, what was chosen is known."""
-    live = [] if router.batch is None else unfinished(router.batch)
-    router.limits, router.batch, router.put_back = limits, schedule.open_batch(limits), 0
-    for sequence in live:
-        schedule.restart(sequence)
-        schedule.submit(router.batch, sequence)
+    live = [unfinished(batch) for batch in router.batches] or [[] for _ in limits]
+    router.limits, router.put_back = tuple(limits), 0
+    router.batches = tuple(schedule.open_batch(of) for of in limits)
+    for batch, sequences in zip(router.batches, live, strict=True):
+        for sequence in sequences:
+            schedule.restart(sequence)
+            schedule.submit(batch, sequence)
 
 
 def unfinished(batch: Batch) -> list[schedule.Sequence]:
@@ -98,17 +104,18 @@ def unfinished(batch: Batch) -> list[schedule.Sequence]:
 def take_inbox(router: Router) -> None:
     """What clients have asked since the last time."""
     router.arrived.clear()
-    assert router.batch is not None
     while router.inbox:
         what, request = router.inbox.popleft()
+        batch = router.batches[request.model]
         for sequence in request.sequences:
             if what == "cancel":
-                schedule.cancel(router.batch, sequence)
+                schedule.cancel(batch, sequence)
                 router.requests.pop(sequence.id, None)
             else:
                 router.requests[sequence.id] = request
-                router.metrics.prompt_tokens.inc(len(sequence.prompt))
-                schedule.submit(router.batch, sequence)
+                if request.model == SERVED:
+                    router.metrics.prompt_tokens.inc(len(sequence.prompt))
+                schedule.submit(batch, sequence)
 
 
 def deliver(router: Router, news: Sequence[News]) -> None:
@@ -119,9 +126,10 @@ def deliver(router: Router, news: Sequence[News]) -> None:
         sequence = item.sequence
         if (request := router.requests.get(sequence.id)) is None:
             continue
-        count_tokens(router, request, item, now)
+        if request.model == SERVED:
+            count_tokens(router, request, item, now)
         choice = next(n for n, one in enumerate(request.sequences) if one is sequence)
-        by_loop.setdefault(request.loop, []).append((request, Part(choice, item.chosen, sequence.ended)))
+        by_loop.setdefault(request.loop, []).append((request, Part(choice, item.chosen, sequence.ended, item.scored)))
         if sequence.ended is not None:
             del router.requests[sequence.id]
             router.newest.pop(sequence.id, None)
@@ -155,8 +163,8 @@ def count_tokens(router: Router, request: Request, item: News, now: float) -> No
 
 def show(router: Router) -> None:
     """What /metrics says of the moment."""
-    batch, metrics = router.batch, router.metrics
-    if batch is not None:
+    metrics = router.metrics
+    for batch in router.batches[: SERVED + 1]:
         metrics.running.set(len(batch.running))
         metrics.waiting.set(len(batch.waiting))
         metrics.cache_used.set(schedule.pages_used(batch))
