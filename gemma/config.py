@@ -321,7 +321,7 @@ class Serve:
     page: int | None  # positions of a page of the cache; null is 16, on TPU 128
     chunk: int  # tokens of a prompt that are computed at a time, beside decoding
     cache_tokens: int | None  # positions that the cache holds, over all sequences; null is what memory has room for
-    weights: Literal["auto", "float32", "bfloat16"]  # auto: bfloat16 on TPU, float32 elsewhere
+    weights: Literal["auto", "float32", "bfloat16", "int8"]  # auto: bfloat16 on TPU, float32 elsewhere
     host: str  # where HTTP is served
     port: int  # 0 is any that is free: the screen and events.jsonl say which
     prefix: str  # before /chat/completions, beside /v1

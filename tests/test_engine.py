@@ -22,6 +22,7 @@ from gemma.config import Model
 from gemma.engine import engine as engines
 from gemma.engine import server
 from gemma.engine.engine import Engine
+from gemma.engine.forward import Shape
 from gemma.model.load import load_params
 from gemma.model.sharding import sharding
 from gemma.model.transformer import Gemma
@@ -41,7 +42,7 @@ def limits(**changes: Any) -> Limits:
     return replace(made, **changes)
 
 
-def opened(name: str, tensor: int, cache_dir: Path, **changes: Any) -> tuple[Gemma, Engine]:
+def opened(name: str, tensor: int, cache_dir: Path, int8: bool = False, **changes: Any) -> tuple[Gemma, Engine]:
     model = MODELS[name]
     gemma = Gemma(model, rngs=nnx.Rngs(1))
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:tensor]).reshape(1, 1, tensor), ("replica", "fsdp", "tensor"))
@@ -50,7 +51,8 @@ def opened(name: str, tensor: int, cache_dir: Path, **changes: Any) -> tuple[Gem
         return jax.device_put(leaf[...], sharding(mesh, leaf.axes))
 
     params = jax.tree.map(placed, nnx.state(gemma), is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return gemma, engines.open_engine(model, nnx.to_pure_dict(params), limits(**changes), mesh, "float32", cache_dir)
+    shape = Shape(model, "float32", mesh, int8)
+    return gemma, engines.open_engine(shape, nnx.to_pure_dict(params), limits(**changes), cache_dir)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +187,21 @@ def of_folder(folder: Path, model: Model, cache_dir: Path, page: int = 4) -> Eng
     params = load_params(str(folder), server.abstract_params(model, mesh, "float32"))
     pages = 4 * model.context // page
     made = Limits(4, model.context, page, model.window, pages, pages, (4,), (16,), (model.context,))
-    return engines.open_engine(model, params, made, mesh, "float32", cache_dir)
+    return engines.open_engine(Shape(model, "float32", mesh), params, made, cache_dir)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_weights_in_int8_give_nearly_what_they_were(tensor: int, programs: Path) -> None:
+    """Scores move by a rounding of one part in 255 of each output's largest weight, and no more."""
+    gemma, engine = opened("pairs-of-heads", tensor, programs, int8=True)
+    assert str(engine.weights["layers"][0]["q_DE"].value.dtype) == "int8"
+    prompt = prompts(40, 5, 8)[0][:1] + tuple(range(4, 39)) * 2
+    one = Sequence(0, prompt[:90], GREEDY, 0, frozenset(), score_from=1)
+    scored = [item.scored for item in run(engine, schedule.open_batch(engine.limits), [one])[0] if item.scored]
+    got = np.array([value for part in scored for value in part.logprobs])
+    wanted = logprobs(gemma, list(one.prompt))[np.arange(len(one.prompt) - 1), np.array(one.prompt[1:])]
+    assert 1e-5 < np.abs(got - wanted).mean() < 0.02
+    assert np.abs(got - wanted).max() < 0.1
 
 
 def test_nothing_is_compiled_while_plans_are_done(both: tuple[Gemma, Engine], caplog: pytest.LogCaptureFixture) -> None:

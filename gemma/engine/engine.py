@@ -20,10 +20,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma.batching.plans import MOST_LOGPROBS, Admit, Answer, Chosen, Chunk, Limits, Plan, Row, Scored, Table
-from gemma.config import Model
 from gemma.engine import sampling
-from gemma.engine.forward import FEWEST_ROWS, Cache, Rows, Shape, hidden, pages_of, unstacked, weight_places
-from gemma.model.transformer import float32_means_float32, logits
+from gemma.engine.forward import FEWEST_ROWS, Cache, Rows, Shape, all_logits, hidden, pages_of, unstacked, weight_places
+from gemma.model.transformer import float32_means_float32
 from gemma.train import aot
 
 Tree = Any
@@ -54,17 +53,16 @@ class Picked(NamedTuple):
 class Engine:
     limits: Limits
     shape: Shape
-    mesh: jax.sharding.Mesh
     weights: Tree
     state: Any  # State; None before there are weights
     programs: dict[tuple[Any, ...], Any]
     with_logprobs: set[int]  # slots that ask for log-probabilities
 
 
-def open_engine(model: Model, params: Tree, limits: Limits, mesh: jax.sharding.Mesh, dtype: str, cache: Path) -> Engine:
-    """params: as `gemma.model.load.load_params` gives them, placed on the mesh. dtype: in which it is computed."""
+def open_engine(shape: Shape, params: Tree, limits: Limits, cache: Path) -> Engine:
+    """params: as `gemma.model.load.load_params` gives them, placed on the mesh."""
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
-    engine, _ = prepare(model, abstract, limits, mesh, dtype, cache)
+    engine, _ = prepare(shape, abstract, limits, cache)
     load(engine, params)
     return engine
 
@@ -118,15 +116,12 @@ class Program(NamedTuple):
         return jax.jit(self.function, donate_argnums=self.donated, out_shardings=self.places)
 
 
-def prepare(
-    model: Model, params: Tree, limits: Limits, mesh: jax.sharding.Mesh, dtype: str, cache: Path
-) -> tuple[Engine, bool]:
+def prepare(shape: Shape, params: Tree, limits: Limits, cache: Path) -> tuple[Engine, bool]:
     """Compiles every program, or reads it from disk; whether all were there. params: jax.ShapeDtypeStruct, placed."""
-    shape = Shape(model, dtype, mesh)
-    engine = Engine(limits, shape, mesh, None, None, {}, set())
+    engine = Engine(limits, shape, None, None, {}, set())
     wanted = programs(shape, params, limits)
     held = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(params))
-    facts = (model, dtype, held, limits, tuple(mesh.shape.items()))
+    facts = (shape.model, shape.dtype, shape.int8, held, limits, tuple(shape.mesh.shape.items()))
 
     def compiled(name: tuple[Any, ...]) -> bool:
         program = wanted[name]
@@ -144,7 +139,7 @@ def programs(shape: Shape, params: Tree, limits: Limits) -> dict[tuple[Any, ...]
     mesh, V = shape.mesh, shape.model.vocab
     everywhere, vocabulary = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), VOCABULARY))
     state, layout = places(shape), weight_places(shape)
-    weights = placed(jax.eval_shape(partial(unstacked, model=shape.model), params), layout)
+    weights = placed(jax.eval_shape(partial(unstacked, shape=shape), params), layout)
     abstract = placed(jax.eval_shape(partial(fresh, shape, limits)), state)
     one = partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=everywhere)
     found: dict[tuple[Any, ...], Program] = {}
@@ -165,7 +160,7 @@ def programs(shape: Shape, params: Tree, limits: Limits) -> dict[tuple[Any, ...]
             found["pick", R, logprobs] = Program(partial(pick, logprobs), given, (state, everywhere), (0,))
     admitted = abstract, np.int32(0), sampling.no_numbers(1), np.zeros(V, np.int16), np.zeros(V, bool)
     return found | {
-        ("unstack", 1): Program(partial(unstacked, model=shape.model), (params,), layout, ()),
+        ("unstack", 1): Program(partial(unstacked, shape=shape), (params,), layout, ()),
         ("fresh", 1): Program(partial(fresh, shape, limits), (), state, ()),
         ("admit", 1): Program(admit, admitted, state, (0,)),
     }
@@ -211,10 +206,10 @@ def prefill(
 
 def last_logits(shape: Shape, weights: Tree, x_RD: jax.Array) -> jax.Array:
     """Capped float32 logits_RV."""
-    embedding_VD = weights["embedding_VD"]
-    R, few = len(x_RD), FEWEST_ROWS if x_RD.dtype != embedding_VD.dtype else 0
-    x_RD = jnp.pad(x_RD.astype(embedding_VD.dtype), ((0, max(0, few - R)), (0, 0)))
-    return logits(x_RD[None], embedding_VD, shape.model.final_cap)[0, :R]
+    dtype = x_RD.dtype if shape.int8 else weights["embedding_VD"].dtype
+    R, few = len(x_RD), FEWEST_ROWS if x_RD.dtype != dtype else 0
+    x_RD = jnp.pad(x_RD.astype(dtype), ((0, max(0, few - R)), (0, 0)))
+    return all_logits(shape, weights, x_RD[None])[0, :R]
 
 
 def score(shape: Shape, weights: Tree, x_RTD: jax.Array, target_RT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -224,7 +219,7 @@ def score(shape: Shape, weights: Tree, x_RTD: jax.Array, target_RT: jax.Array) -
 
     def part(_: None, xs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         x_RtD, target_Rt = xs
-        logits_RtV = logits(x_RtD, weights["embedding_VD"], shape.model.final_cap)
+        logits_RtV = all_logits(shape, weights, x_RtD)
         chosen_Rt = jnp.take_along_axis(logits_RtV, target_Rt[..., None], axis=-1)[..., 0]
         likeliest_Rt = jnp.argmax(logits_RtV, axis=-1)
         return None, (chosen_Rt - jax.nn.logsumexp(logits_RtV, axis=-1), likeliest_Rt == target_Rt)

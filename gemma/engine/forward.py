@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from gemma.config import Model
 from gemma.engine import pages_xla
-from gemma.model.attention import rope
+from gemma.model.attention import rope, soft_cap
 from gemma.model.sharding import EMBEDDING_AXES, sharding
-from gemma.model.transformer import geglu, rms_norm
+from gemma.model.transformer import geglu, logits, rms_norm
 
 Tree = Any
 FEWEST_ROWS = 8
@@ -44,11 +44,19 @@ class Shape:
     model: Model
     dtype: str  # of what is computed and kept; the weights' may be another
     mesh: jax.sharding.Mesh
+    int8: bool = False  # weights are held as `Int8`
 
     @property
     def platform(self) -> str:
         """Of the devices that it is compiled for."""
         return str(self.mesh.devices.flat[0].platform)
+
+
+class Int8(NamedTuple):
+    """A weight in eight bits: value * scale, with a scale for each output (of the embedding, for each row)."""
+
+    value: Any  # int8
+    scale: Any  # float32
 
 
 LAYER_AXES = {  # logical axes, as `gemma.model.sharding` places them; heads lie flat: E = N * H or K * H
@@ -63,13 +71,13 @@ LAYER_AXES = {  # logical axes, as `gemma.model.sharding` places them; heads lie
 }
 
 
-def unstacked(params: Tree, model: Model) -> Tree:
+def unstacked(params: Tree, shape: Shape) -> Tree:
     """The parameters of `gemma.model.transformer` with arrays of each layer's own, local and global in turn.
 
     Heads are laid flat once: on TPU an array with heads is in another order, and each step would copy it.
     """
-    layers, D = [], model.width
-    for layer in range(model.layers):
+    layers, D = [], shape.model.width
+    for layer in range(shape.model.layers):
         block = params["pairs"]["local_block" if layer % 2 == 0 else "global_block"]
         at = {name: leaf[layer // 2] for name, leaf in block.items()}
         layers.append(
@@ -84,15 +92,31 @@ def unstacked(params: Tree, model: Model) -> Tree:
                 "down_FD": at["down_PFD"],
             }
         )
-    return {"embedding_VD": params["embedding_VD"], "final_norm": params["final_norm"], "layers": layers}
+    embedding_VD, final_norm = params["embedding_VD"], params["final_norm"]
+    if shape.int8:
+        embedding_VD = in_int8(embedding_VD, axis=1)
+        layers = [{n: x if n == "norms_4D" else in_int8(x, axis=0) for n, x in layer.items()} for layer in layers]
+    return {"embedding_VD": embedding_VD, "final_norm": final_norm, "layers": layers}
+
+
+def in_int8(weight: jax.Array, axis: int) -> Int8:
+    """Rounded to the nearest of 255 steps. axis: over which one scale holds."""
+    weight = weight.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(weight), axis=axis) / 127
+    steps = weight / jnp.expand_dims(jnp.where(scale == 0, 1, scale), axis)
+    return Int8(jnp.round(steps).astype(jnp.int8), scale)
 
 
 def weight_places(shape: Shape) -> Tree:
     """Where the unstacked weights lie."""
     at = partial(sharding, shape.mesh)
-    layer = {name: at(axes) for name, axes in LAYER_AXES.items()}
+    layer: dict[str, Any] = {name: at(axes) for name, axes in LAYER_AXES.items()}
+    embedding_VD: Any = at(EMBEDDING_AXES)
+    if shape.int8:
+        embedding_VD = Int8(embedding_VD, at(EMBEDDING_AXES[:1]))
+        layer |= {n: Int8(layer[n], at(axes[1:])) for n, axes in LAYER_AXES.items() if n != "norms_4D"}
     return {
-        "embedding_VD": at(EMBEDDING_AXES),
+        "embedding_VD": embedding_VD,
         "final_norm": at(("norm",)),
         "layers": [layer] * shape.model.layers,
     }
@@ -101,7 +125,7 @@ def weight_places(shape: Shape) -> Tree:
 def hidden(shape: Shape, weights: Tree, cache: Cache, tokens_RT: jax.Array, rows: Rows) -> tuple[jax.Array, Cache]:
     """x_RTD after the final norm, and the cache with the chunk's keys and values in it."""
     model, dtype = shape.model, jnp.dtype(shape.dtype)
-    x_RTD = weights["embedding_VD"][tokens_RT].astype(dtype) * jnp.asarray(model.width**0.5, dtype)
+    x_RTD = embedded(weights["embedding_VD"], tokens_RT).astype(dtype) * jnp.asarray(model.width**0.5, dtype)
     pages = list(cache)
     for layer, at in enumerate(weights["layers"]):
         local = layer % 2 == 0
@@ -148,7 +172,23 @@ def pages_of(shape: Shape) -> Any:
     return pages_xla
 
 
-def project(x_RTD: jax.Array, weight_DE: jax.Array, H: int) -> jax.Array:
+def embedded(embedding_VD: Any, tokens_RT: jax.Array) -> jax.Array:
+    if isinstance(embedding_VD, Int8):
+        return embedding_VD.value[tokens_RT] * embedding_VD.scale[tokens_RT][..., None]
+    return embedding_VD[tokens_RT]
+
+
+def all_logits(shape: Shape, weights: Tree, x_RTD: jax.Array) -> jax.Array:
+    """Capped float32 logits_RTV."""
+    embedding_VD, cap = weights["embedding_VD"], shape.model.final_cap
+    if not isinstance(embedding_VD, Int8):
+        return logits(x_RTD, embedding_VD, cap)
+    value_VD = embedding_VD.value.astype(x_RTD.dtype)
+    plain_RTV = jnp.einsum("RTD,VD->RTV", x_RTD, value_VD, preferred_element_type=jnp.float32)
+    return soft_cap(plain_RTV * embedding_VD.scale, cap)
+
+
+def project(x_RTD: jax.Array, weight_DE: Any, H: int) -> jax.Array:
     R, T, D = x_RTD.shape
     return jax.lax.optimization_barrier(product(x_RTD.reshape(R * T, D), weight_DE)).reshape(R, T, -1, H)
 
@@ -159,10 +199,14 @@ def mlp(at: Tree, x_RTD: jax.Array) -> jax.Array:
     return product(geglu(product(x_RD, at["gate_DF"]), product(x_RD, at["up_DF"])), at["down_FD"]).reshape(R, T, D)
 
 
-def product(x_RD: jax.Array, weight_DE: jax.Array) -> jax.Array:
+def product(x_RD: jax.Array, weight_DE: Any) -> jax.Array:
     """x @ weight, in x's dtype. Weights of another dtype are multiplied in theirs, and summed in x's: on CPUs, where
     such products of a few rows are slow and those of FEWEST_ROWS are not.
     """
+    if isinstance(weight_DE, Int8):
+        value_DE = weight_DE.value.astype(x_RD.dtype)
+        summed_RE = jnp.dot(x_RD, value_DE, preferred_element_type=jnp.float32)
+        return (summed_RE * weight_DE.scale).astype(x_RD.dtype)
     if x_RD.dtype == weight_DE.dtype:
         return x_RD @ weight_DE
     R = len(x_RD)

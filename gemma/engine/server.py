@@ -1,7 +1,7 @@
 """One host's part of serving, behind the verbs the controller speaks: restore, step."""
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from flax import nnx
 from gemma.batching.plans import Answer, Limits, Plan, pages_for
 from gemma.config import Mesh, Model, Program, Serve
 from gemma.engine import engine as engines
+from gemma.engine.forward import Shape
 from gemma.messages import Opened, Restored
 from gemma.model import load
 from gemma.model.sharding import make_mesh, sharding
@@ -36,16 +37,15 @@ class Server:
         started = time.monotonic()
         self.mesh = make_mesh(program.mesh)
         platform = self.mesh.devices.flat[0].platform
-        self.dtype = dtype_of(program.serve, platform)
-        computed = self.dtype if platform == "tpu" else "float32"
+        dtypes = dtypes_of(program.serve, platform)
         judge = judge_of(program.serve)
-        judged = judge_limits(program.serve, judge, self.dtype, platform, program.mesh) if judge else None
-        beside = held_bytes(judge, judged, self.dtype, program.mesh) if judge and judged else 0
-        served = limits_of(program.serve, program.model, self.dtype, platform, program.mesh, beside)
+        judged = judge_limits(program.serve, judge, dtypes, platform, program.mesh) if judge else None
+        beside = held_bytes(judge, judged, dtypes, program.mesh) if judge and judged else 0
+        served = limits_of(program.serve, program.model, dtypes, platform, program.mesh, beside)
         models = [(program.model, served), *([(judge, judged)] if judge and judged else [])]
-        self.abstract = [abstract_params(model, self.mesh, self.dtype) for model, _ in models]
+        self.abstract = [abstract_params(model, self.mesh, dtypes.loaded) for model, _ in models]
         prepared = [
-            engines.prepare(model, abstract, limits, self.mesh, computed, cache)
+            engines.prepare(Shape(model, dtypes.computed, self.mesh, dtypes.int8), abstract, limits, cache)
             for (model, limits), abstract in zip(models, self.abstract, strict=True)
         ]
         self.engines = [engine for engine, _ in prepared]  # of the model served, and of its judge
@@ -89,8 +89,25 @@ class Server:
         """Nothing is saved, so no save fails."""
 
 
-def dtype_of(serve: Serve, platform: str) -> str:
-    return ("bfloat16" if platform == "tpu" else "float32") if serve.weights == "auto" else serve.weights
+@dataclass(frozen=True)
+class Dtypes:
+    loaded: str
+    computed: str  # of the cache too
+    int8: bool  # weights are held in eight bits
+
+    @property
+    def weight_bytes(self) -> int:
+        return 1 if self.int8 else jnp.dtype(self.loaded).itemsize
+
+    @property
+    def cache_bytes(self) -> int:
+        return jnp.dtype(self.computed).itemsize
+
+
+def dtypes_of(serve: Serve, platform: str) -> Dtypes:
+    usual = "bfloat16" if platform == "tpu" else "float32"
+    loaded = usual if serve.weights in ("auto", "int8") else serve.weights
+    return Dtypes(loaded, loaded if platform == "tpu" else "float32", serve.weights == "int8")
 
 
 def abstract_params(model: Model, mesh: jax.sharding.Mesh, dtype: str) -> Tree:
@@ -112,22 +129,21 @@ def judge_of(serve: Serve) -> Model | None:
     return open_source(Path(serve.filter_weights).expanduser()).model if serve.filter_weights else None
 
 
-def judge_limits(serve: Serve, model: Model, dtype: str, platform: str, mesh: Mesh) -> Limits:
+def judge_limits(serve: Serve, model: Model, dtypes: Dtypes, platform: str, mesh: Mesh) -> Limits:
     """Of a judge: it decides by two scores, and chooses no tokens."""
     context = min(model.context, JUDGE_CONTEXT)
     of_judge = replace(serve, slots=JUDGE_SLOTS, context=context, cache_tokens=JUDGE_SLOTS // 2 * context)
-    return replace(limits_of(of_judge, model, dtype, platform, mesh, 0), scores=True)
+    return replace(limits_of(of_judge, model, dtypes, platform, mesh, 0), scores=True)
 
 
-def held_bytes(model: Model, limits: Limits, dtype: str, mesh: Mesh) -> int:
+def held_bytes(model: Model, limits: Limits, dtypes: Dtypes, mesh: Mesh) -> int:
     """Weights and cache of a model on a chip."""
-    width = jnp.dtype(dtype).itemsize
-    weights = sum(flops.parameters(model)) * width // (mesh.tensor * mesh.fsdp)
+    weights = sum(flops.parameters(model)) * dtypes.weight_bytes // (mesh.tensor * mesh.fsdp)
     pages = (limits.local_pages + limits.global_pages) * (model.layers // 2) * limits.page
-    return weights + pages * 2 * model.kv_heads * model.head_size * width // mesh.tensor
+    return weights + pages * 2 * model.kv_heads * model.head_size * dtypes.cache_bytes // mesh.tensor
 
 
-def limits_of(serve: Serve, model: Model, dtype: str, platform: str, mesh: Mesh, beside_bytes: int = 0) -> Limits:
+def limits_of(serve: Serve, model: Model, dtypes: Dtypes, platform: str, mesh: Mesh, beside_bytes: int = 0) -> Limits:
     """The compiled shapes, and how many pages fit beside the weights and what else is there. Pure: all hosts find the
     same.
     """
@@ -139,11 +155,11 @@ def limits_of(serve: Serve, model: Model, dtype: str, platform: str, mesh: Mesh,
         {context} if platform == "tpu" else {min(context, pages_for(size, page) * page) for size in (256, 1024, 4096)}
     )
     local_tokens = min(context, model.window + chunk + 2 * page)  # of a sequence
-    token_bytes = 2 * (model.layers // 2) * model.kv_heads * model.head_size * jnp.dtype(dtype).itemsize // mesh.tensor
+    token_bytes = 2 * (model.layers // 2) * model.kv_heads * model.head_size * dtypes.cache_bytes // mesh.tensor
     local_pages = serve.slots * pages_for(local_tokens, page) + 1
     wanted = serve.cache_tokens or serve.slots * context
     if serve.cache_tokens is None:
-        weights = sum(flops.parameters(model)) * jnp.dtype(dtype).itemsize // (mesh.tensor * mesh.fsdp)
+        weights = sum(flops.parameters(model)) * dtypes.weight_bytes // (mesh.tensor * mesh.fsdp)
         room = v5p.HBM_BYTES * v5p.FREE_SHARE - weights - beside_bytes if platform == "tpu" else CPU_CACHE_BYTES
         positions = int(room // token_bytes)  # of a local and of a global layer together
         wanted = min(wanted, max(positions - local_pages * page, positions // 2))

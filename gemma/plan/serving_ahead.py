@@ -53,12 +53,12 @@ def facts(program: Program, topology: str) -> ServingFacts:
     assert program.serve is not None
     described = topologies.get_topology_desc(platform="tpu", topology_name=f"v5p:{topology}")
     mesh = make_mesh(program.mesh, described.devices)
-    dtype = server.dtype_of(program.serve, "tpu")
-    limits = server.limits_of(program.serve, program.model, dtype, "tpu", program.mesh)
-    params = server.abstract_params(program.model, mesh, dtype)
+    dtypes = server.dtypes_of(program.serve, "tpu")
+    limits = server.limits_of(program.serve, program.model, dtypes, "tpu", program.mesh)
+    params = server.abstract_params(program.model, mesh, dtypes.loaded)
     started = time.monotonic()
     with jax.set_mesh(mesh):  # of the devices that are described: the kernel asks which they are
-        wanted = engines.programs(Shape(program.model, dtype, mesh), params, limits)
+        wanted = engines.programs(Shape(program.model, dtypes.computed, mesh, dtypes.int8), params, limits)
         span = limits.spans[-1]
         weights, state = wanted["decode", limits.rows[0], span].arguments[:2]
         weights_bytes, chunk = held(weights), limits.chunks[-1]

@@ -163,8 +163,8 @@ def check_served(config: Config) -> None:
     """Weights and one sequence must fit on the chips; the cache takes what is left. By arithmetic alone."""
     program, serve = config.program, config.serve
     assert serve is not None
-    width, ways = serving.BYTES[serve.weights], program.mesh.tensor * program.mesh.fsdp
-    weights = sum(flops.parameters(config.model)) * width / ways
+    width = 1 if serve.weights == "int8" else serving.BYTES[serve.weights]
+    weights = sum(flops.parameters(config.model)) * width / (program.mesh.tensor * program.mesh.fsdp)
     context = min(serve.context or config.model.context, config.model.context)
     needed = weights + serving.read_bytes(config, context, 1)
     if needed > v5p.FREE_SHARE * v5p.HBM_BYTES:

@@ -11,7 +11,7 @@ from gemma.plan import flops, v5p
 from orchestrator.config import Config
 from orchestrator.plan import ahead
 
-BYTES = {"auto": 2, "bfloat16": 2, "float32": 4}  # of a number in the cache, on TPU
+BYTES = {"auto": 2, "bfloat16": 2, "float32": 4, "int8": 2}  # of a number in the cache, on TPU
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ def ours(dtype: str) -> None:
     from gemma.batching.plans import Admit, Chunk, Limits, Plan, Row, Sampling, Table
     from gemma.config import Model
     from gemma.engine import engine as engines
+    from gemma.engine.forward import Shape
     from gemma.model.transformer import Gemma
 
     caps = {"attention_cap": 50.0, "final_cap": 30.0, "query_scale": 64**-0.5}
@@ -55,7 +56,7 @@ def ours(dtype: str) -> None:
         shapes = {"rows": (B,), "chunks": (256,), "spans": (768, 1024), "scores": False}
         limits = Limits(B, 1024, 16, model.window, B * pages + 1, B * pages + 1, **shapes)
         with tempfile.TemporaryDirectory() as cache:
-            engine = engines.open_engine(model, params, limits, mesh, "float32", Path(cache))
+            engine = engines.open_engine(Shape(model, "float32", mesh), params, limits, Path(cache))
         tables = [tuple(range(1 + slot * pages, 1 + (slot + 1) * pages)) for slot in range(B)]
         for slot in range(B):
             engines.send_admit(engine, Admit(slot, Sampling(temperature=0), ()))
