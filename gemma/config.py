@@ -330,6 +330,9 @@ class Serve:
     queue: int  # requests that run or wait; more are refused with 429
     body_mb: float  # of a request
     drain_s: float  # at the end, for what runs
+    follow: bool  # whether newer checkpoints of the run are moved to as they come
+    requests_per_minute: int | None  # of a key, or of all clients where none is asked for; more get 429. Null: any
+    tokens_per_minute: int | None  # of prompts and answers, likewise
     filter: Literal["off", "words", "shieldgemma"]  # who judges prompts and answers
     filter_weights: str | None  # of shieldgemma: a folder as those that are served
     filter_threshold: float  # of shieldgemma: the probability of Yes from which on a policy counts as broken
@@ -342,6 +345,9 @@ class Serve:
         counts = {key: getattr(self, key) for key in ("slots", "chunk", "queue")}
         require_at_least("serve", counts, 1)
         require(self.slots <= 4096, f"serve.slots={self.slots}: must be at most 4096")
+        for key in ("requests_per_minute", "tokens_per_minute"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"serve.{key}={value}: must be at least 1, or null")
         page = self.page
         require(page is None or 1 <= page <= 1024, f"serve.page={page}: must lie in 1..1024, or be null")
         for key in ("context", "cache_tokens"):

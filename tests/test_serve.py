@@ -21,6 +21,7 @@ import openai
 import pytest
 
 from orchestrator.record import rundir
+from tests import hf_cases
 from tests.runs import finish, kill_worker, launch, orphaned_folders, wait_for
 
 MODEL = "gemma-2"
@@ -32,16 +33,16 @@ PROMPTS = ["import ", "def main(", "class Error", "for line in", "return self.",
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a short run lies."""
     root = tmp_path_factory.mktemp("runs")
-    small = ["train.steps=20", "checkpoint.every=20", "eval.every=0", "optim.warmup_steps=5", "wandb.mode=disabled"]
+    small = ["train.steps=20", "checkpoint.every=10", "eval.every=0", "optim.warmup_steps=5", "wandb.mode=disabled"]
     finish(launch("train", f"run.root={root}", "run.id=trained", "cluster.slice=v5p-8", "mesh.fsdp=4", *small), 0)
     return root
 
 
 @contextmanager
-def started(root: Path, name: str, *more: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def started(root: Path, name: str, *more: str, of: str = "run=trained") -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The command and its address, once it answers. It is stopped at the end, and leaves with 3 and nothing behind."""
     before = orphaned_folders()
-    process = launch("serve", "run=trained", f"run.root={root}", f"run.id={name}", *SMALL, *more)
+    process = launch("serve", of, f"run.root={root}", f"run.id={name}", *SMALL, *more)
     folder = root / name
 
     def address() -> str | None:
@@ -249,6 +250,40 @@ def test_streams_outlive_their_hosts_with_the_tokens_they_would_have_had(root: P
         assert asyncio.run(all_streams(address)) == undisturbed
     failures = [event for event in rundir.events(root / "killed") if event["event"] == "failure"]
     assert len(failures) == 1
+
+
+def test_newer_checkpoints_are_moved_to_and_no_stream_ends(server: str, root: Path) -> None:
+    """A run has step 10, and then 20: who asks afterwards is answered as by a server of step 20."""
+    shutil.copytree(root / "trained", root / "growing")
+    newer = root / "growing" / "checkpoints" / "20"
+    newer.rename(root / "growing" / "20")
+    with started(root, "follows", "serve.follow=true", of="run=growing") as (process, address):
+        before = chat(address, "Hello", max_tokens=30)
+        stream = chat(address, "Hello", max_tokens=230, stream=True)
+        parts = [next(stream).choices[0].delta.content or "" for _ in range(2)]
+        (root / "growing" / "20").rename(newer)
+        for chunk in stream:
+            parts.append(chunk.choices[0].delta.content or "")
+            last = chunk.choices[0].finish_reason
+        assert last == "length"
+        wait_for(lambda: any(e["event"] == "follow" for e in rundir.events(root / "follows")), "step 20", process)
+        after, wanted = (chat(where, "Hello", max_tokens=30) for where in (address, server))
+        assert after.choices[0].message.content == wanted.choices[0].message.content
+        assert after.choices[0].message.content != before.choices[0].message.content
+        assert after.system_fingerprint != before.system_fingerprint
+    assert not [event for event in rundir.events(root / "follows") if event["event"] == "failure"]
+
+
+def test_a_judge_beside_the_model_filters_what_it_says_yes_to(root: Path, tmp_path: Path) -> None:
+    """By weights drawn at random: what they say is between the two thresholds."""
+    judge = f"serve.filter_weights={hf_cases.write_folder(tmp_path / 'judge', hf_cases.JUDGE)}"
+    for name, threshold, reason in (("lenient", 1 - 1e-9, "length"), ("strict", 1e-9, "content_filter")):
+        more = ["serve.filter=shieldgemma", judge, f"serve.filter_threshold={threshold}"]
+        with started(root, name, *more) as (_, address):
+            (choice,) = chat(address, "Hello", max_tokens=7).choices
+            assert choice.finish_reason == reason
+            assert choice.content_filter_results["violence"] == {"filtered": reason == "content_filter"}
+            assert bool(choice.message.content) == (reason == "length")
 
 
 def test_the_end_finishes_what_runs_and_takes_nothing_new(root: Path) -> None:

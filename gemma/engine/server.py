@@ -55,13 +55,16 @@ class Server:
     def opened(self) -> Opened:
         return Opened(share_key="", share_bytes=0)
 
-    def restore(self, _: int) -> Restored:
-        """Loads the weights. Raises WeightsError."""
+    def restore(self, step: int | None) -> Restored:
+        """Loads the weights, in place of those that were there; all caches are empty then. step: of the run that is
+        served, None where the weights have none. Raises WeightsError.
+        """
         started = time.monotonic()
-        sources = [(self.serve.checkpoint, self.serve.step), (self.serve.filter_weights, None)]
-        for engine, abstract, (path, step) in zip(self.engines, self.abstract, sources, strict=False):
+        sources = [(self.serve.checkpoint, step), (self.serve.filter_weights, None)]
+        for engine, abstract, (path, at) in zip(self.engines, self.abstract, sources, strict=False):
             assert path is not None
-            engines.load(engine, load.load_params(path, abstract, step))
+            engine.weights = engine.state = None  # there may be no room for two
+            engines.load(engine, load.load_params(path, abstract, at))
         self.seconds["restore"] = time.monotonic() - started
         return Restored(
             step=0,

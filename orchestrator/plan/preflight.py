@@ -13,7 +13,7 @@ from gemma.plan import analytic, flops, v5p
 from gemma.text import corpus, tokenizer
 from orchestrator.config import Config
 from orchestrator.plan import ahead, plan, search, serving
-from orchestrator.record import source
+from orchestrator.record import rundir, source
 from orchestrator.slices import metadata
 from orchestrator.slices.cluster import check_complete
 
@@ -82,6 +82,8 @@ def check(config: Config) -> None:
             from gemma.weights import sources
 
             sources.check_model("serve.checkpoint", config.serve.checkpoint, config.model, config.serve.step)
+            if config.serve.follow and not rundir.committed(Path(config.serve.checkpoint).expanduser()):
+                raise ConfigError(f"serve.follow=true: {config.serve.checkpoint} is no run: nothing newer will come")
             if config.serve.filter_weights is not None:
                 coder = tokenizer.load(config.data.tokenizer)
                 sources.check_judge("serve.filter_weights", config.serve.filter_weights, coder)

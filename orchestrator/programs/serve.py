@@ -8,16 +8,20 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from gemma.batching import schedule
 from gemma.batching.plans import Answer
+from gemma.config import Serve
 from orchestrator.chaos import chaos, faults
 from orchestrator.config import Config
 from orchestrator.exit import Exit
 from orchestrator.hosts import fleet as fleets
+from orchestrator.hosts import group as hosts
 from orchestrator.hosts.ready import ReadyHosts, Work
 from orchestrator.programs import pipeline as pipelines
 from orchestrator.programs.pipeline import Pipeline
+from orchestrator.record import rundir
 from orchestrator.record.report import Report
 from orchestrator.recovery import recover
 from orchestrator.recovery.outcome import Evidence
@@ -29,6 +33,7 @@ PLANS_UNDER_WAY = 2
 STEP_S = 0.05  # of decoding in a plan, at most: tokens come to clients so often
 MOST_STEPS = 16  # of decoding in a plan
 IDLE_S = 0.1
+FOLLOW_S = 2.0
 ROW_EVERY_S = 1.0  # a line of metrics.jsonl
 
 
@@ -48,8 +53,10 @@ def serving(config: Config, report: Report) -> Iterator[Work]:
 
 def serve(router: Router, ready: ReadyHosts) -> Exit | Evidence:
     """Until the user ends it, then until what runs is done. Raises HostsFailedError."""
-    report, group = ready.report, ready.group
-    facts = recover.stand_at(ready, [(0,)] * len(group.workers), None)
+    report, group, serve = ready.report, ready.group, ready.config.serve
+    assert serve is not None
+    router.step = newest(serve)
+    facts = recover.stand_at(ready, [(router.step,)] * len(group.workers), None)
     routers.open_batches(router, facts.limits)
     planned = faults.plan(ready.config.chaos, 2**31, len(group.workers))
     pipeline, state = Pipeline(ready, report.newest), Serving(report)
@@ -57,6 +64,8 @@ def serve(router: Router, ready: ReadyHosts) -> Exit | Evidence:
     try:
         while (left := reason_to_leave(router, pipeline)) is None:
             routers.take_inbox(router)
+            if serve.follow and state.is_time_to_look() and (step := newest(serve)) != router.step:
+                move_to(router, pipeline, state, step)
             if len(pipeline.sent) < PLANS_UNDER_WAY and send_plan(router, pipeline, state):
                 continue
             if pipeline.sent:
@@ -71,6 +80,24 @@ def serve(router: Router, ready: ReadyHosts) -> Exit | Evidence:
         router.stands = False
 
 
+def newest(serve: Serve) -> int | None:
+    """The step that is to be served."""
+    return rundir.committed(Path(serve.checkpoint).expanduser())[-1] if serve.follow else serve.step
+
+
+def move_to(router: Router, pipeline: Pipeline, state: "Serving", step: int | None) -> None:
+    """Newer weights, once what was sent is answered. Requests go on where they are: nobody is told."""
+    while pipeline.sent:
+        receive(router, pipeline, state)
+    ready = pipeline.ready
+    arguments = [(step,)] * len(ready.group.workers)
+    hosts.collect(hosts.call_each(ready.group, ready.config.timeout.restore_s, "restore", arguments))
+    router.step = step
+    routers.open_batches(router, router.limits)
+    ready.report.event("follow", pipeline.step, served=step)
+    ready.report.screen.say(f"serving step {step}")
+
+
 class Serving:
     """What this attempt has measured."""
 
@@ -79,6 +106,14 @@ class Serving:
         self.steps: deque[int] = deque()  # decode steps of each plan under way
         self.step_s = 0.0
         self.written, self.tokens = time.monotonic(), 0
+        self.looked = time.monotonic()
+
+    def is_time_to_look(self) -> bool:
+        """For a newer checkpoint."""
+        if time.monotonic() - self.looked < FOLLOW_S:
+            return False
+        self.looked = time.monotonic()
+        return True
 
     def row(self, router: Router) -> None:
         """Now and then a line of metrics.jsonl."""

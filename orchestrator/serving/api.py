@@ -25,9 +25,16 @@ NOTHING: dict[str, Any] = {"tool_choice": "none", "response_format": {"type": "t
 class RequestError(Exception):
     """What is wrong with a request, in one line."""
 
-    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None):
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        status: int = 400,
+        code: str | None = None,
+        retry_s: float = 1.0,  # of 429 and 503: when it is worth trying again
+    ):
         super().__init__(message)
-        self.message, self.param, self.status, self.code = message, param, status, code
+        self.message, self.param, self.status, self.code, self.retry_s = message, param, status, code, retry_s
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import hmac
 import json
+import math
 import socket
 import threading
 import time
@@ -25,9 +26,10 @@ from gemma.text import tokenizer as tokenizers
 from gemma.text.tokenizer import BOS, EOS, Tokenizer
 from gemma.versions import source_digest
 from orchestrator.config import Config
-from orchestrator.serving import api, metrics
+from orchestrator.serving import api, limits, metrics
 from orchestrator.serving import router as routers
 from orchestrator.serving.api import RequestError, Wanted
+from orchestrator.serving.limits import Spent
 from orchestrator.serving.live import Front, Live, problem
 from orchestrator.serving.router import SERVED, Router
 
@@ -40,10 +42,9 @@ def served(config: Config, router: Router) -> Iterator[str]:
     """HTTP is answered; gives its address. Raises ConfigError where the port or the keys cannot be had."""
     serve = config.serve
     assert serve is not None
-    facts = json.dumps([serve.checkpoint, serve.step, serve.weights, vars(config.model)], sort_keys=True)
-    fingerprint = "fp_" + hashlib.sha256((facts + source_digest()).encode()).hexdigest()[:12]
+    facts = json.dumps([serve.checkpoint, serve.weights, vars(config.model), source_digest()], sort_keys=True)
     coder = tokenizers.load(config.data.tokenizer)
-    front = Front(config, serve, router, coder, keys_of(serve.api_keys), fingerprint, time.time())
+    front = Front(config, serve, router, coder, keys_of(serve.api_keys), facts, time.time())
     listener = listening(serve)
     settings = uvicorn.Config(
         app(front), log_config=None, access_log=False, timeout_keep_alive=30, h11_max_incomplete_event_size=1 << 16
@@ -98,7 +99,7 @@ def app(front: Front) -> FastAPI:
 
     def refused(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError)
-        return problem(error.message, error.status, error.param, error.code)
+        return problem(error.message, error.status, error.param, error.code, error.retry_s)
 
     def missing(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -132,9 +133,9 @@ def health(front: Front) -> Callable[[], Awaitable[Response]]:
 def models(front: Front) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
         check_key(front, request)
-        limits = front.router.limits[SERVED] if front.router.limits else None
+        shapes = front.router.limits[SERVED] if front.router.limits else None
         one = {"id": front.serve.name, "object": "model", "created": int(front.started), "owned_by": "google"}
-        one |= {"max_model_len": limits.context if limits else None, "content_filter": front.serve.filter}
+        one |= {"max_model_len": shapes.context if shapes else None, "content_filter": front.serve.filter}
         return JSONResponse({"object": "list", "data": [one]})
 
     return answer
@@ -147,15 +148,27 @@ def shown_metrics(front: Front) -> Callable[[], Awaitable[Response]]:
     return answer
 
 
-def check_key(front: Front, request: Request) -> None:
-    """Raises RequestError. Every key is compared, in constant time."""
+def check_key(front: Front, request: Request) -> bytes:
+    """The key's digest, nothing where none is asked for. All are compared, in constant time. Raises RequestError."""
     if not front.keys:
-        return
+        return b""
     kind, _, key = request.headers.get("authorization", "").partition(" ")
     digest = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
     right = [hmac.compare_digest(digest, one) for one in front.keys]
     if kind.lower() != "bearer" or not any(right):
         raise RequestError("no such API key; give it as Authorization: Bearer KEY", None, 401, "invalid_api_key")
+    return digest
+
+
+def check_spent(front: Front, key: bytes) -> Spent:
+    """What a key has asked for in the last minute, this request with it. Raises RequestError where it is too much."""
+    spent, now = front.spent.setdefault(key, Spent()), time.monotonic()
+    requests, tokens = front.serve.requests_per_minute, front.serve.tokens_per_minute
+    if (wait := limits.wait_s(spent, now, requests, tokens)) > 0:
+        of = f"serve.requests_per_minute={requests} serve.tokens_per_minute={tokens}"
+        raise RequestError(f"too much for one key ({of}); try again in {math.ceil(wait)} s", None, 429, None, wait)
+    limits.ask(spent, now)
+    return spent
 
 
 async def read_body(front: Front, request: Request) -> bytes:
@@ -175,7 +188,7 @@ async def read_body(front: Front, request: Request) -> bytes:
 
 def completing(front: Front, chat: bool) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
-        check_key(front, request)
+        key = check_key(front, request)
         wanted = api.parse(await read_body(front, request), chat)
         if wanted.model != front.serve.name:
             said = f"model={api.shown(wanted.model)}: is not served here; allowed is {front.serve.name}"
@@ -187,8 +200,9 @@ def completing(front: Front, chat: bool) -> Callable[[Request], Awaitable[Respon
             raise RequestError(f"{router.open} requests run or wait (serve.queue); try again", None, 429)
         prompts = encoded(front, wanted, chat)
         sequences = [one for prompt in prompts for one in made_sequences(front, wanted, prompt, chat)]
+        spent = check_spent(front, key)
         router.open += 1
-        live = Live(front, wanted, sequences, question(wanted, front.coder), [len(p) for p in prompts])
+        live = Live(front, wanted, sequences, question(wanted, front.coder), [len(p) for p in prompts], spent)
         if wanted.stream:
             return StreamingResponse(live.events(), media_type="text/event-stream", headers=NO_BUFFER)
         return await whole_or_gone(live, request)
@@ -228,17 +242,17 @@ def question(wanted: Wanted, coder: Tokenizer) -> str:
 
 def made_sequences(front: Front, wanted: Wanted, prompt: tuple[int, ...], chat: bool) -> list[schedule.Sequence]:
     """Raises RequestError where they do not fit."""
-    router, limits = front.router, front.router.limits[SERVED]
+    router, shapes = front.router, front.router.limits[SERVED]
     for token, _ in wanted.sampling.bias:
         if token >= front.config.model.vocab:
             raise RequestError(f"logit_bias.{token}: token ids are below {front.config.model.vocab}", "logit_bias")
-    if len(prompt) >= limits.context:
-        said = f"{len(prompt)} tokens; the context is {limits.context}, and at least one token is to be chosen"
+    if len(prompt) >= shapes.context:
+        said = f"{len(prompt)} tokens; the context is {shapes.context}, and at least one token is to be chosen"
         raise RequestError(f"{'messages' if chat else 'prompt'}: {said}", None, 400, "context_length_exceeded")
-    most = wanted.max_tokens or limits.context - len(prompt)
+    most = wanted.max_tokens or shapes.context - len(prompt)
     ends = {EOS, chats.turn_ids(front.coder)[1]} if chat else {EOS}
     made = routers.new_sequences(router, prompt, wanted.choices, wanted.sampling, most, ends)
-    if why := schedule.refusal(limits, made[0]):
+    if why := schedule.refusal(shapes, made[0]):
         raise RequestError(f"messages: {why}" if chat else f"prompt: {why}", None, 400, "context_length_exceeded")
     return made
 

@@ -1,8 +1,11 @@
 """One request on its way to its client: tokens become text, text is judged, and comes whole or as a stream."""
 
 import asyncio
+import hashlib
+import math
+import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import Response
@@ -14,14 +17,14 @@ from gemma.text import stream as streams
 from gemma.text.stream import TextStream
 from gemma.text.tokenizer import Tokenizer
 from orchestrator.config import Config
-from orchestrator.serving import api, filters, judging
+from orchestrator.serving import api, filters, judging, limits
 from orchestrator.serving import router as routers
 from orchestrator.serving.api import Usage, Wanted
 from orchestrator.serving.judging import JudgeError
+from orchestrator.serving.limits import Spent
 from orchestrator.serving.router import Router
 
 PING_S = 15.0  # a comment in a stream that has nothing to say, so that nothing between here and the client ends it
-RETRY_S = 1
 UNJUDGED = "serve.filter could not be asked: {}"
 ENDS = ("stop", "length", "content_filter")
 
@@ -33,8 +36,13 @@ class Front:
     router: Router
     coder: Tokenizer
     keys: frozenset[bytes]  # digests; empty: nobody is asked for one
-    fingerprint: str
+    facts: str  # of weights, config and version, but for the step
     started: float
+    spent: dict[bytes, Spent] = field(default_factory=dict)  # by key
+
+    @property
+    def fingerprint(self) -> str:
+        return "fp_" + hashlib.sha256(f"{self.facts} {self.router.step}".encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,10 @@ class Change:
         return Change(self.choice, self.text + later.text, logprobs, later.reason)
 
 
-def problem(message: str, status: int, param: str | None = None, code: str | None = None) -> JSONResponse:
-    headers = {"Retry-After": str(RETRY_S)} if status in (429, 503) else {}
+def problem(
+    message: str, status: int, param: str | None = None, code: str | None = None, retry_s: float = 1.0
+) -> JSONResponse:
+    headers = {"Retry-After": str(math.ceil(retry_s))} if status in (429, 503) else {}
     return JSONResponse(api.error_body(message, status, param, code), status, headers)
 
 
@@ -66,7 +76,9 @@ class Live:
         sequences: Sequence[schedule.Sequence],
         question: str,
         prompt_tokens: Sequence[int],
+        spent: Spent,
     ):
+        self.spent = spent
         self.front, self.wanted, self.sequences = front, wanted, tuple(sequences)
         self.question, self.prompt_tokens = question, prompt_tokens
         self.head = api.new_head(wanted, front.fingerprint)
@@ -231,6 +243,7 @@ class Live:
 
     def close(self) -> None:
         self.front.router.open -= 1
+        limits.give(self.spent, time.monotonic(), sum(self.prompt_tokens) + sum(self.completion))
         if self.request is not None and any(one.ended is None for one in self.sequences):
             routers.cancel(self.front.router, self.request)
 

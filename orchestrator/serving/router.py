@@ -45,6 +45,7 @@ class Router:
     queue: int  # requests that may wait or run
     limits: tuple[Limits, ...] = ()  # of each model, once hosts stand
     batches: tuple[Batch, ...] = ()
+    step: int | None = None  # of the run that is served
     stands: bool = False  # hosts stand ready, and answer
     draining: bool = False
     inbox: deque[tuple[str, Request]] = field(default_factory=deque)  # submit or cancel
