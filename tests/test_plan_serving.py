@@ -18,7 +18,7 @@ from orchestrator.plan import ahead, preflight, serving
 TOP = Path(__file__).parents[1]
 needs_compiler = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed")
 NINE = ["model=gemma2_9b", "serve.slots=64", "mesh.tensor=4", "mesh.fsdp=1", "cluster=ray", "cluster.address=a:1"]
-COST = {"roofline_s": 2e-3, "network_s": 1e-3, "hbm_bytes": 2765e6, "cycles_s": 3e-3}
+COST = {"overlapped_s": 2e-3, "network_s": 1e-3, "hbm_bytes": 2765e6, "cycles_s": 3e-3}
 NOTHING = dict.fromkeys(COST, 0.0)
 FACTS: dict[str, Any] = {
     "message": "",
@@ -96,7 +96,9 @@ def test_weights_that_cannot_fit_are_refused_before_a_slice_is_asked_for() -> No
 def test_a_search_ranks_every_mesh_of_the_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     def facts_of(config: Config, _: ahead.Tell) -> ahead.Answer:
         seconds = 1e-3 * (5 - config.program.mesh.tensor)
-        return ahead.Answer(FACTS | {"decode": [FACTS["decode"][0] | {"cost": COST | {"roofline_s": seconds}}]}, False)
+        return ahead.Answer(
+            FACTS | {"decode": [FACTS["decode"][0] | {"cost": COST | {"overlapped_s": seconds}}]}, False
+        )
 
     monkeypatch.setattr(ahead, "facts_of", facts_of)
     found = serving.best(composed(["model=gemma2_9b", "plan.search=true"], "serve"), set(), ["model=gemma2_9b"], print)

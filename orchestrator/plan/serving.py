@@ -20,8 +20,8 @@ class Decode:
 
     ideal: a chip's weights and the rows' keys and values, read once at full bandwidth. hbm: all that the program reads
     and writes, at full bandwidth. network: sums over `tensor`, bytes over the links. estimate: XLA's part by the rule
-    of the compiler's cost model, the kernel's by its bytes at full bandwidth, and the network; nothing overlapped.
-    cycles: the same with the cycles that the code generator expects of each fusion.
+    of the compiler's cost model (`Cost.overlapped_s`), the kernel's by its bytes at full bandwidth, and the network,
+    one after the other. cycles: the same with the cycles that the code generator expects of each fusion.
     """
 
     rows: int
@@ -74,7 +74,7 @@ def make(config: Config, facts: dict[str, Any], overrides: list[str], cached: bo
     starts = range(0, length, chunk)
     chunk_s = [prefill_s(config, facts, start, min(length, start + chunk)) for start in starts] if fits else []
     last = facts["choice"][0]["cost"]
-    first = sum(chunk_s) + (last["roofline_s"] + last["network_s"] if fits else 0.0)
+    first = sum(chunk_s) + (last["overlapped_s"] + last["network_s"] if fits else 0.0)
     return ServingPlan(
         fits=fits,
         message=facts["message"],
@@ -109,7 +109,7 @@ def decode(config: Config, facts: dict[str, Any], at: int, length: int) -> Decod
 
     read_s = rows * read_bytes(config, length, facts["page"]) / v5p.HBM_BYTES_PER_S
     exact_s = rows * read_bytes(config, length, 1) / v5p.HBM_BYTES_PER_S
-    estimate = of("roofline_s") + read_s + of("network_s")
+    estimate = of("overlapped_s") + read_s + of("network_s")
     return Decode(
         rows=rows,
         ideal=facts["weights_bytes"] / v5p.HBM_BYTES_PER_S + exact_s,
@@ -135,7 +135,7 @@ def prefill_s(config: Config, facts: dict[str, Any], start: int, stop: int) -> f
     cost = facts["prefill"][0]["cost"]
     products = attention_flops(config.model, start, stop) / config.program.mesh.tensor / v5p.FLOPS
     read_s = read_bytes(config, stop, facts["page"]) / v5p.HBM_BYTES_PER_S
-    return float(cost["roofline_s"] + cost["network_s"] + max(products, read_s))
+    return float(cost["overlapped_s"] + cost["network_s"] + max(products, read_s))
 
 
 def attention_flops(model: Model, start: int, stop: int) -> float:
