@@ -95,10 +95,8 @@ def test_weights_that_cannot_fit_are_refused_before_a_slice_is_asked_for() -> No
 
 def test_a_search_ranks_every_mesh_of_the_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     def facts_of(config: Config, _: ahead.Tell) -> ahead.Answer:
-        seconds = 1e-3 * (5 - config.program.mesh.tensor)
-        return ahead.Answer(
-            FACTS | {"decode": [FACTS["decode"][0] | {"cost": COST | {"overlapped_s": seconds}}]}, False
-        )
+        seconds = COST | {"overlapped_s": 1e-3 * (5 - config.program.mesh.tensor)}
+        return ahead.Answer(FACTS | {"decode": [FACTS["decode"][0] | {"cost": seconds}]}, False)
 
     monkeypatch.setattr(ahead, "facts_of", facts_of)
     found = serving.best(composed(["model=gemma2_9b", "plan.search=true"], "serve"), set(), ["model=gemma2_9b"], print)
