@@ -318,7 +318,7 @@ class Serve:
     name: str  # what clients call the model
     slots: int  # sequences that decode together
     context: int | None  # positions of a sequence, at most; null is the model's
-    page: int | None  # positions of a page of the cache; null is 16, on TPU 128
+    page: int | None  # positions of a page of the cache; null is 32, on TPU 128
     chunk: int  # tokens of a prompt that are computed at a time, beside decoding
     cache_tokens: int | None  # positions that the cache holds, over all sequences; null is what memory has room for
     weights: Literal["auto", "float32", "bfloat16", "int8"]  # auto: bfloat16 on TPU, float32 elsewhere

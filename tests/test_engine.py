@@ -38,7 +38,7 @@ CLOSE = 1e-4  # of log-probabilities in float32
 
 
 def limits(**changes: Any) -> Limits:
-    made = Limits(4, 96, 4, 7, 60, 40, rows=(4,), chunks=(4, 16), spans=(96,))
+    made = Limits(4, 96, 4, 7, 60, 40, rows=(4,), chunks=(4, 16))
     return replace(made, **changes)
 
 
@@ -186,7 +186,7 @@ def of_folder(folder: Path, model: Model, cache_dir: Path, page: int = 4) -> Eng
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("replica", "fsdp", "tensor"))
     params = load_params(str(folder), server.abstract_params(model, mesh, "float32"))
     pages = 4 * model.context // page
-    made = Limits(4, model.context, page, model.window, pages, pages, (4,), (16,), (model.context,))
+    made = Limits(4, model.context, page, model.window, pages, pages, (4,), (16,))
     return engines.open_engine(Shape(model, "float32", mesh), params, made, cache_dir)
 
 

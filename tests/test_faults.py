@@ -47,9 +47,9 @@ def incidents(folder: Path) -> list[dict[str, Any]]:
     ("fault", "outcome"),
     [
         ("worker@15/1", "host died"),
-        ("crash@15/0", "host crashed"),
-        ("host@15/1", "node died"),
         ("host@15/0", "node died"),
+        pytest.param("crash@15/0", "host crashed", marks=pytest.mark.soak),
+        pytest.param("host@15/1", "node died", marks=pytest.mark.soak),
     ],
 )
 def test_what_is_lost_comes_back_from_memory(undisturbed: Path, root: Path, fault: str, outcome: str) -> None:

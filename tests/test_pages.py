@@ -49,7 +49,9 @@ def same_pages(seed: int, model: Model) -> tuple[tuple[jax.Array, ...], tuple[ja
     together = model.kv_heads // len(empty)
     both = np.stack([keys, values], axis=3).transpose(1, 2, 0, 3, 4)  # pages, page, K, 2, H
     parts = [both[:, :, n * together : (n + 1) * together].reshape(empty[0].shape) for n in range(len(empty))]
-    return (jnp.asarray(keys.transpose(0, 1, 3, 2)), jnp.asarray(values)), tuple(map(jnp.asarray, parts))
+    return (jnp.asarray(keys.transpose(1, 0, 3, 2)), jnp.asarray(values.transpose(1, 0, 2, 3))), tuple(
+        map(jnp.asarray, parts)
+    )
 
 
 def defined(
@@ -88,5 +90,5 @@ def test_the_kernel_gives_what_xla_gives(
     np.testing.assert_allclose(np.asarray(found)[there], np.asarray(wanted)[there], atol=2e-6)
     assert not np.asarray(found)[~there].any()
     both = np.concatenate([np.asarray(part).reshape(PAGES, PAGE, -1, 2, head_size) for part in written], axis=2)
-    np.testing.assert_array_equal(both[1:, :, :, 0].transpose(2, 0, 3, 1), keys[:, 1:])  # page 0 is nobody's
-    np.testing.assert_array_equal(both[1:, :, :, 1].transpose(2, 0, 1, 3), values[:, 1:])
+    np.testing.assert_array_equal(both[1:, :, :, 0].transpose(0, 2, 3, 1), keys[1:])  # page 0 is nobody's
+    np.testing.assert_array_equal(both[1:, :, :, 1].transpose(0, 2, 1, 3), values[1:])

@@ -85,7 +85,7 @@ def test_manifest_names_everything_needed_to_go_on(plain: Path) -> None:
     "overrides",
     [
         ["mesh.fsdp=4", "mesh.tensor=2"],
-        ["mesh.replica=2", "mesh.fsdp=4"],
+        pytest.param(["mesh.replica=2", "mesh.fsdp=4"], marks=pytest.mark.soak),
         ["cluster.slice=v5p-8", "mesh.fsdp=4"],  # one host
         pytest.param(["cluster.slice=v5p-32", "mesh.fsdp=8", "mesh.tensor=2"], marks=pytest.mark.soak),  # four hosts
         ["cluster.slice=v5p-8", "cluster.num_slices=2", "mesh=multislice"],

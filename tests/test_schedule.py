@@ -14,9 +14,7 @@ from gemma.batching import schedule
 from gemma.batching.plans import Answer, Chosen, Limits, Plan, Sampling, Scored, Table
 from gemma.batching.schedule import Batch, Sequence
 
-LIMITS = Limits(
-    slots=4, context=96, page=4, window=7, global_pages=48, local_pages=24, rows=(4,), chunks=(8,), spans=(96,)
-)
+LIMITS = Limits(slots=4, context=96, page=4, window=7, global_pages=48, local_pages=24, rows=(4,), chunks=(8,))
 GREEDY = Sampling(temperature=0)
 END = 3
 

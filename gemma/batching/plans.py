@@ -34,16 +34,16 @@ class Limits:
     local_pages: int
     rows: tuple[int, ...]  # of a decode step: the smallest that holds all that decode
     chunks: tuple[int, ...]  # tokens of a prefill chunk
-    spans: tuple[int, ...]  # positions that a global layer looks at: the smallest that holds the longest sequence
     scores: bool = True  # whether programs that score are compiled
 
-    def span(self, positions: int) -> int:
-        """The smallest that holds so many; what is computed beyond the context goes to page 0."""
-        return next((span for span in self.spans if span >= positions), self.spans[-1])
+    @property
+    def pages_seen(self) -> int:
+        """Pages that a global layer may look at."""
+        return pages_for(self.context, self.page)
 
-    def local_span(self, span: int, tokens: int) -> int:
-        """Positions that a local layer looks at for a chunk of so many tokens."""
-        return min(span, pages_for(self.window - 1 + tokens + self.page - 1, self.page) * self.page)
+    def local_pages_seen(self, tokens: int) -> int:
+        """Pages that a local layer may look at for a chunk of so many tokens."""
+        return min(self.pages_seen, pages_for(self.window - 1 + tokens + self.page - 1, self.page))
 
 
 def pages_for(positions: int, page: int) -> int:

@@ -91,8 +91,8 @@ def fresh(shape: Shape, limits: Limits) -> State:
 
 
 def places(shape: Shape) -> Tree:
-    """Pages are cut along their first axis over `tensor`, counts along the vocabulary; all else is everywhere."""
-    axes = (), ("tensor",), VOCABULARY
+    """Pages are cut over `tensor` by their heads, counts along the vocabulary; all else is everywhere."""
+    axes = (), pages_of(shape).AXES, VOCABULARY
     everywhere, heads, vocabulary = (NamedSharding(shape.mesh, PartitionSpec(*of)) for of in axes)
     tensor = shape.mesh.shape["tensor"]
     layer = partial(pages_of(shape).empty, shape.model, 1, 1, jnp.dtype(shape.dtype), tensor)
@@ -143,16 +143,15 @@ def programs(shape: Shape, params: Tree, limits: Limits) -> dict[tuple[Any, ...]
     abstract = placed(jax.eval_shape(partial(fresh, shape, limits)), state)
     one = partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=everywhere)
     found: dict[tuple[Any, ...], Program] = {}
-    for span in limits.spans:
-        for R in limits.rows:
-            given = weights, abstract, *row_shapes(limits, R, 1, span, one)
-            found["decode", R, span] = Program(partial(decode, shape), given, (state, vocabulary), (1,))
-        for T in limits.chunks:
-            given = weights, abstract, *row_shapes(limits, 1, T, span, one)[1:], one((1, T)), one((1,))
-            found["prefill", T, span] = Program(partial(prefill, shape, False), given, (state, vocabulary, None), (1,))
-            if limits.scores:
-                scores = (state, vocabulary, everywhere)
-                found["score", T, span] = Program(partial(prefill, shape, True), (*given, one((1, T))), scores, (1,))
+    for R in limits.rows:
+        given = weights, abstract, *row_shapes(limits, R, 1, one)
+        found["decode", R] = Program(partial(decode, shape), given, (state, vocabulary), (1,))
+    for T in limits.chunks:
+        given = weights, abstract, *row_shapes(limits, 1, T, one)[1:], one((1, T)), one((1,))
+        found["prefill", T] = Program(partial(prefill, shape, False), given, (state, vocabulary, None), (1,))
+        if limits.scores:
+            scores = (state, vocabulary, everywhere)
+            found["score", T] = Program(partial(prefill, shape, True), (*given, one((1, T))), scores, (1,))
     for R in sorted({1, *limits.rows}):
         logits_RV = jax.ShapeDtypeStruct((R, V), jnp.float32, sharding=vocabulary)
         for logprobs in (False, True):
@@ -170,9 +169,8 @@ def placed(tree: Tree, at: Tree) -> Tree:
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, at)
 
 
-def row_shapes(limits: Limits, R: int, T: int, span: int, one: Any) -> tuple[Any, ...]:
-    local = limits.local_span(span, T) // limits.page
-    return one((R,)), Rows(one((R, T)), one((R, local)), one((R,)), one((R, span // limits.page)))
+def row_shapes(limits: Limits, R: int, T: int, one: Any) -> tuple[Any, ...]:
+    return one((R,)), Rows(one((R, T)), one((R, limits.local_pages_seen(T))), one((R,)), one((R, limits.pages_seen)))
 
 
 def decode(shape: Shape, weights: Tree, state: State, slot_R: jax.Array, rows: Rows) -> tuple[State, jax.Array]:
@@ -289,15 +287,14 @@ def send_admit(engine: Engine, one: Admit) -> None:
 def send_chunk(engine: Engine, one: Chunk) -> tuple[Chunk, Picked | None, tuple[jax.Array, jax.Array] | None]:
     limits, count = engine.limits, len(one.tokens)
     T = next(size for size in limits.chunks if size >= count)
-    span = limits.span(one.start + count)
     tokens_1T, target_1T, position_1T = (np.zeros((1, T), np.int32) for _ in range(3))
     tokens_1T[0, :count] = one.tokens
     target_1T[0, scored_in(one)] = one.targets
     position_1T[:] = -1
     position_1T[0, :count] = np.arange(one.start, one.start + count)
-    given = host_rows(limits, position_1T, [one.tables], span, T), tokens_1T, np.array([count], np.int32)
+    given = host_rows(limits, position_1T, [one.tables], T), tokens_1T, np.array([count], np.int32)
     name, more = ("score", (target_1T,)) if one.targets else ("prefill", ())
-    program = engine.programs[name, T, span]
+    program = engine.programs[name, T]
     engine.state, logits_1V, scores = program(engine.weights, engine.state, *given, *more)
     if not one.sample:
         return one, None, scores
@@ -314,30 +311,27 @@ def scored_in(one: Chunk) -> slice:
 def send_rows(engine: Engine, rows: Sequence[Row], steps: int) -> list[Picked]:
     limits = engine.limits
     R = next(size for size in limits.rows if size >= len(rows))
-    span = limits.span(max(row.position for row in rows) + steps)
     logprobs = any(row.slot in engine.with_logprobs for row in rows)
     slot_R, position_R1 = np.zeros(R, np.int32), np.full((R, 1), -1, np.int32)
     slot_R[: len(rows)] = [row.slot for row in rows]
     position_R1[: len(rows), 0] = [row.position for row in rows]
-    program, choose = engine.programs["decode", R, span], engine.programs["pick", R, logprobs]
+    program, choose = engine.programs["decode", R], engine.programs["pick", R, logprobs]
     found = []
     for step in range(steps):
         there_R1 = np.where(position_R1 >= 0, position_R1 + step, -1)
-        given = host_rows(limits, there_R1, [row.tables for row in rows], span, 1)
+        given = host_rows(limits, there_R1, [row.tables for row in rows], 1)
         engine.state, logits_RV = program(engine.weights, engine.state, slot_R, given)
         engine.state, picked = choose(engine.state, slot_R, there_R1[:, 0], logits_RV)
         found.append(picked)
     return found
 
 
-def host_rows(
-    limits: Limits, position_RT: np.ndarray, tables: Sequence[tuple[Table, Table]], span: int, T: int
-) -> Rows:
+def host_rows(limits: Limits, position_RT: np.ndarray, tables: Sequence[tuple[Table, Table]], T: int) -> Rows:
     """Of local layers the pages from the first on that the chunk sees: what lies before is left out."""
     R, page = len(position_RT), limits.page
-    local_RJ = np.zeros((R, limits.local_span(span, T) // page), np.int32)
+    local_RJ = np.zeros((R, limits.local_pages_seen(T)), np.int32)
     first_R = np.zeros(R, np.int32)
-    global_RJ = np.zeros((R, span // page), np.int32)
+    global_RJ = np.zeros((R, limits.pages_seen), np.int32)
     for row, (local, whole) in enumerate(tables):
         seen = max(0, int(position_RT[row, 0]) - limits.window + 1) // page
         pages = local.pages[max(0, seen - local.first) :]

@@ -148,8 +148,9 @@ def attention(
     )
     k_RTKH = rope(k_RTKH, rows.position_RT, model.rope_base, shape.platform)
     table_RJ, first_R = (rows.local_RJ, rows.first_R) if local else (rows.global_RJ, jnp.zeros_like(rows.first_R))
-    over_pages = partial(pages_of(shape).attend, window=model.window if local else None, cap=model.attention_cap)
-    everywhere, heads, cut = P(), P(None, None, "tensor"), P("tensor")
+    kept = pages_of(shape)
+    over_pages = partial(kept.attend, window=model.window if local else None, cap=model.attention_cap)
+    everywhere, heads, cut = P(), P(None, None, "tensor"), P(*kept.AXES)
     if shape.mesh.size > 1:  # each device along `tensor` has its own heads, and their pages
         over_pages = jax.shard_map(
             over_pages,

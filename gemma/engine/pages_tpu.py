@@ -15,6 +15,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_
 from gemma.config import Model
 from gemma.model.attention import MASKED
 
+AXES = ("tensor",)  # over which mesh axes its arrays are cut
 LANES = 128  # a head of so many numbers lies beside others in an array
 BLOCK_POSITIONS = 512  # of a row, that the kernel has in VMEM at a time, twice
 DECODE_QUERIES, PREFILL_QUERIES = 8, 32  # tokens that the kernel takes at a time

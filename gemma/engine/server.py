@@ -24,7 +24,7 @@ Tree = Any
 NORMS = ("final_norm", "norms_P4D")  # a few kilobytes: float32, always
 CPU_CACHE_BYTES = 1 << 30
 JUDGE_SLOTS, JUDGE_CONTEXT = 8, 4096
-PAGES = {False: 16, True: 128}  # positions of a page; on TPU the kernel asks for pages one by one, so they are larger
+PAGES = {False: 32, True: 128}  # positions of a page; on TPU the kernel asks for pages one by one, so they are larger
 
 
 class Server:
@@ -154,9 +154,6 @@ def limits_of(serve: Serve, model: Model, dtypes: Dtypes, platform: str, mesh: M
     context = min(serve.context or model.context, model.context)
     context = pages_for(context, page) * page
     chunk = min(serve.chunk, context)
-    spans = (
-        {context} if platform == "tpu" else {min(context, pages_for(size, page) * page) for size in (256, 1024, 4096)}
-    )
     local_tokens = min(context, model.window + chunk + 2 * page)  # of a sequence
     token_bytes = 2 * (model.layers // 2) * model.kv_heads * model.head_size * dtypes.cache_bytes // mesh.tensor
     local_pages = serve.slots * pages_for(local_tokens, page) + 1
@@ -179,6 +176,5 @@ def limits_of(serve: Serve, model: Model, dtypes: Dtypes, platform: str, mesh: M
         min(local_pages, global_pages),
         tuple(rows),
         tuple(chunks),
-        tuple(sorted(spans | {context})),
         scores=False,
     )

@@ -59,12 +59,11 @@ def facts(program: Program, topology: str) -> ServingFacts:
     started = time.monotonic()
     with jax.set_mesh(mesh):  # of the devices that are described: the kernel asks which they are
         wanted = engines.programs(Shape(program.model, dtypes.computed, mesh, dtypes.int8), params, limits)
-        span = limits.spans[-1]
-        weights, state = wanted["decode", limits.rows[0], span].arguments[:2]
+        weights, state = wanted["decode", limits.rows[0]].arguments[:2]
         weights_bytes, chunk = held(weights), limits.chunks[-1]
-        decode = [compiled(wanted["decode", rows, span], mesh, rows) for rows in limits.rows]
+        decode = [compiled(wanted["decode", rows], mesh, rows) for rows in limits.rows]
         choice = [compiled(wanted["pick", rows, False], mesh, rows, weights_bytes) for rows in limits.rows]
-        prefill = [compiled(wanted["prefill", chunk, span], mesh, chunk)]
+        prefill = [compiled(wanted["prefill", chunk], mesh, chunk)]
     return ServingFacts(
         message=next((step.message for step in (*decode, *choice, *prefill) if step.message), ""),
         weights_bytes=weights_bytes,

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 TOP = Path(__file__).parents[2]
-BATCHES, PROMPT, NEW = (1, 8, 32), 512, 64
+BATCHES, PROMPT, NEW, PAGE = (1, 8, 32), 512, 64, 32
 SIZES: dict[str, Any] = {
     "vocab": 32000,
     "width": 512,
@@ -50,11 +50,11 @@ def ours(dtype: str) -> None:
     here = NamedSharding(mesh, PartitionSpec())
     state = nnx.to_pure_dict(nnx.state(Gemma(model, rngs=nnx.Rngs(0))))
     params = jax.tree.map(lambda leaf: jax.device_put(leaf.astype(dtype), here), state)
-    pages = 1024 // 16
+    pages = 1024 // PAGE
     tokens = np.random.default_rng(0).integers(4, model.vocab, PROMPT)
     for B in BATCHES:
-        shapes = {"rows": (B,), "chunks": (256,), "spans": (768, 1024), "scores": False}
-        limits = Limits(B, 1024, 16, model.window, B * pages + 1, B * pages + 1, **shapes)
+        shapes = {"rows": (B,), "chunks": (256,), "scores": False}
+        limits = Limits(B, 1024, PAGE, model.window, B * pages + 1, B * pages + 1, **shapes)
         with tempfile.TemporaryDirectory() as cache:
             engine = engines.open_engine(Shape(model, "float32", mesh), params, limits, Path(cache))
         tables = [tuple(range(1 + slot * pages, 1 + (slot + 1) * pages)) for slot in range(B)]
@@ -62,7 +62,7 @@ def ours(dtype: str) -> None:
             engines.send_admit(engine, Admit(slot, Sampling(temperature=0), ()))
 
         def both(slot: int, position: int, tables: list[tuple[int, ...]] = tables) -> tuple[Table, Table]:
-            first = max(0, position - model.window + 1) // 16
+            first = max(0, position - model.window + 1) // PAGE
             return Table(first, tables[slot][first:]), Table(0, tables[slot])
 
         def done(plan: Plan, engine: engines.Engine = engine) -> float:
