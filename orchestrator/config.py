@@ -169,13 +169,15 @@ class Config:
         return self.slice.chips * self.cluster.num_slices
 
     @property
-    def given_mesh(self) -> Mesh:
-        """Of a server that leaves fsdp and tensor open, heads go over as many chips as they can; simulated ones are one
-        processor's, so there they stay together.
+    def filled_mesh(self) -> Mesh:
+        """Of a server that leaves fsdp and tensor open, heads go over as many chips as they can. The chips of a
+        simulated host are one processor's: there a server takes one of them.
         """
         if self.serve is None or (self.mesh.fsdp, self.mesh.tensor) != (-1, -1):
-            return self.mesh
-        return replace(self.mesh, tensor=1 if self.cluster.kind == "local" else self.head_ways)
+            return fill(self.mesh, self.chips)
+        if self.cluster.kind == "local":
+            return Mesh(1, 1, 1) if self.hosts == 1 else Mesh(1, self.chips, 1)
+        return Mesh(1, self.chips // self.head_ways, self.head_ways)
 
     @property
     def head_ways(self) -> int:
@@ -188,7 +190,7 @@ class Config:
         return Program(
             self.model,
             self.data,
-            fill(self.given_mesh, self.chips),
+            self.filled_mesh,
             self.optim,
             self.train,
             self.eval,

@@ -216,3 +216,19 @@ def test_nothing_is_compiled_while_plans_are_done(both: tuple[Gemma, Engine], ca
     compiled.clear()
     run(engine, schedule.open_batch(engine.limits), made)
     assert [event for event in compiled if "compile" in event] == []
+
+
+def test_programs_for_some_of_the_devices_are_read_back(tmp_path: Path) -> None:
+    """As where a server takes one chip of a simulated host: the second time nothing is compiled, and they run."""
+    model = MODELS["odd-widths"]
+    assert jax.device_count() > 1
+    found = []
+    for _ in range(2):
+        gemma, engine = opened("odd-widths", 1, tmp_path)
+        one = Sequence(0, (4, 5, 6), GREEDY, 5, frozenset())
+        run(engine, schedule.open_batch(engine.limits), [one])
+        found.append(one.tokens)
+    abstract = server.abstract_params(model, engine.shape.mesh, "float32")
+    assert engines.prepare(engine.shape, abstract, engine.limits, tmp_path)[1]
+    assert found[0] == found[1]
+    assert gemma is not None

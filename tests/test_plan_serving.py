@@ -78,7 +78,8 @@ def test_a_program_beyond_a_chips_memory_does_not_fit() -> None:
         (["model=gemma2_27b", "cluster=ray", "cluster.address=a:1", "cluster.slice=v5p-16"], (1, 1, 8)),
         (["model=gemma2_2b", "cluster=ray", "cluster.address=a:1", "cluster.slice=v5p-16"], (1, 2, 4)),
         (["model=gemma2_2b", "mesh.tensor=2"], (1, 2, 2)),
-        (["model=tiny"], (1, 4, 1)),
+        (["model=tiny"], (1, 1, 1)),
+        (["model=tiny", "cluster.slice=v5p-16"], (1, 8, 1)),
     ],
 )
 def test_heads_go_over_as_many_chips_as_they_can(overrides: list[str], mesh: tuple[int, int, int]) -> None:

@@ -121,12 +121,14 @@ def prepare(shape: Shape, params: Tree, limits: Limits, cache: Path) -> tuple[En
     engine = Engine(limits, shape, None, None, {}, set())
     wanted = programs(shape, params, limits)
     held = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(params))
+    devices = list(shape.mesh.devices.flat)
+    some = devices if len(devices) < jax.device_count() else None
     facts = (shape.model, shape.dtype, shape.int8, held, limits, tuple(shape.mesh.shape.items()))
 
     def compiled(name: tuple[Any, ...]) -> bool:
         program = wanted[name]
         engine.programs[name], there = aot.compiled(
-            "-".join(map(str, name)), program.jitted, program.arguments, facts, cache
+            "-".join(map(str, name)), program.jitted, program.arguments, facts, cache, some
         )
         return there
 

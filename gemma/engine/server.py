@@ -1,5 +1,6 @@
 """One host's part of serving, behind the verbs the controller speaks: restore, step."""
 
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ class Server:
         assert program.serve is not None
         self.serve, self.model, self.cache = program.serve, program.model, cache
         started = time.monotonic()
-        self.mesh = make_mesh(program.mesh)
+        self.mesh = make_mesh(program.mesh, jax.devices()[: math.prod(program.mesh.shape)])
         platform = self.mesh.devices.flat[0].platform
         dtypes = dtypes_of(program.serve, platform)
         judge = judge_of(program.serve)

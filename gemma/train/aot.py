@@ -58,13 +58,25 @@ def platform_version(device: jax.Device) -> str:
     return str(getattr(device.client, "platform_version", ""))
 
 
-def compiled(name: str, jitted: Any, args: tuple[Any, ...], facts: tuple[Any, ...], cache: Path) -> tuple[Any, bool]:
-    """The compiled program and whether it came from the cache. Anything unreadable there is compiled again."""
-    path = cache / "compiled" / key(name, facts)
+def compiled(
+    name: str,
+    jitted: Any,
+    args: tuple[Any, ...],
+    facts: tuple[Any, ...],
+    cache: Path,
+    devices: Sequence[jax.Device] | None = None,
+) -> tuple[Any, bool]:
+    """The compiled program and whether it came from the cache. Anything unreadable there is compiled again.
+
+    devices: those it is for, where they are not all of this job's.
+    """
+    path = cache / "compiled" / key(name, facts, devices)
     if path.exists():
         try:
             payload, in_tree, out_tree = pickle.loads(path.read_bytes())
-            return serialize_executable.deserialize_and_load(payload, in_tree, out_tree), True
+            return serialize_executable.deserialize_and_load(
+                payload, in_tree, out_tree, execution_devices=devices
+            ), True
         except Exception as error:  # a torn file, another CPU: the compiler is the fallback
             print(f"compiled program {path} is unusable, compiling again: {error!r}")
     program = jitted.lower(*args).compile()
