@@ -1,4 +1,4 @@
-"""One host's part of serving, behind the verbs the controller speaks: restore, step."""
+"""One host's part of serving, behind the verbs the controller speaks: restore, step, last."""
 
 import math
 import time
@@ -13,6 +13,7 @@ from flax import nnx
 from gemma.batching.plans import Answer, Limits, Plan, pages_for
 from gemma.config import Mesh, Model, Program, Serve
 from gemma.engine import engine as engines
+from gemma.engine.engine import Engine
 from gemma.engine.forward import Shape
 from gemma.messages import Opened, Restored
 from gemma.model import load
@@ -26,6 +27,9 @@ NORMS = ("final_norm", "norms_P4D")  # a few kilobytes: float32, always
 CPU_CACHE_BYTES = 1 << 30
 JUDGE_SLOTS, JUDGE_CONTEXT = 8, 4096
 PAGES = {False: 32, True: 128}  # positions of a page; on TPU the kernel asks for pages one by one, so they are larger
+
+
+UnderWay = tuple[float, list[tuple[Engine, engines.Underway]]]  # time.monotonic() at which it was sent
 
 
 class Server:
@@ -51,6 +55,8 @@ class Server:
         ]
         self.engines = [engine for engine, _ in prepared]  # of the model served, and of its judge
         self.cached = all(there for _, there in prepared)
+        self.under_way: UnderWay | None = None
+        self.done_at = 0.0
         self.seconds = {"compile": time.monotonic() - started}
 
     def opened(self) -> Opened:
@@ -60,7 +66,7 @@ class Server:
         """Loads the weights, in place of those that were there; all caches are empty then. step: of the run that is
         served, None where the weights have none. Raises WeightsError.
         """
-        started = time.monotonic()
+        started, self.under_way = time.monotonic(), None
         sources = [(self.serve.checkpoint, step), (self.serve.filter_weights, None)]
         for engine, abstract, (path, at) in zip(self.engines, self.abstract, sources, strict=False):
             assert path is not None
@@ -82,12 +88,27 @@ class Server:
             limits=tuple(engine.limits for engine in self.engines),
         )
 
-    def step(self, *plans: Plan) -> tuple[Answer, ...]:
-        """A plan for each model, in the order of `Restored.limits`."""
-        started = time.monotonic()
+    def step(self, *plans: Plan) -> tuple[Answer, ...] | None:
+        """A plan for each model, in the order of `Restored.limits`. It is sent to the devices, and what is answered is
+        the plan before it: the devices are never without work while answers travel. None where there was none.
+        """
         sent = [(engine, engines.send(engine, plan)) for engine, plan in zip(self.engines, plans, strict=True)]
-        answers = [engines.receive(engine, underway) for engine, underway in sent]
-        return tuple(replace(answer, seconds=time.monotonic() - started) for answer in answers)
+        before, self.under_way = self.under_way, (time.monotonic(), sent)
+        return self.received(before)
+
+    def last(self) -> tuple[Answer, ...] | None:
+        """What the newest plan's answer is."""
+        before, self.under_way = self.under_way, None
+        return self.received(before)
+
+    def received(self, under_way: UnderWay | None) -> tuple[Answer, ...] | None:
+        """Its seconds: since it was sent, or since the devices were done with the one before."""
+        if under_way is None:
+            return None
+        sent_at, sent = under_way
+        answers = [engines.receive(engine, one) for engine, one in sent]
+        begun, self.done_at = max(sent_at, self.done_at), time.monotonic()
+        return tuple(replace(answer, seconds=self.done_at - begun) for answer in answers)
 
     def trouble(self) -> None:
         """Nothing is saved, so no save fails."""

@@ -62,12 +62,13 @@ def serve(router: Router, ready: ReadyHosts) -> Exit | Evidence:
     pipeline, state = Pipeline(ready, report.newest), Serving(report)
     router.stands = True
     try:
-        while (left := reason_to_leave(router, pipeline)) is None:
+        while (left := reason_to_leave(router, pipeline, state)) is None:
             routers.take_inbox(router)
             if serve.follow and state.is_time_to_look() and (step := newest(serve)) != router.step:
                 move_to(router, pipeline, state, step)
-            if len(pipeline.sent) < PLANS_UNDER_WAY and send_plan(router, pipeline, state):
+            if len(state.steps) < PLANS_UNDER_WAY and send_plan(router, pipeline, state):
                 continue
+            send_last(pipeline, state)
             if pipeline.sent:
                 receive(router, pipeline, state)
                 chaos.strike(planned, "step", group, ready.fleet, report)
@@ -87,7 +88,9 @@ def newest(serve: Serve) -> int | None:
 
 def move_to(router: Router, pipeline: Pipeline, state: "Serving", step: int | None) -> None:
     """Newer weights, once what was sent is answered. Requests go on where they are: nobody is told."""
-    while pipeline.sent:
+    while state.steps:
+        if not pipeline.sent:
+            send_last(pipeline, state)
         receive(router, pipeline, state)
     ready = pipeline.ready
     arguments = [(step,)] * len(ready.group.workers)
@@ -104,6 +107,7 @@ class Serving:
     def __init__(self, report: Report):
         self.report = report
         self.steps: deque[int] = deque()  # decode steps of each plan under way
+        self.unasked = False  # the newest plan's answer comes with the next one, and none has been sent
         self.step_s = 0.0
         self.written, self.tokens = time.monotonic(), 0
         self.looked = time.monotonic()
@@ -143,14 +147,25 @@ def send_plan(router: Router, pipeline: Pipeline, state: Serving) -> bool:
         return False
     pipeline.step += 1
     state.steps.append(plans[routers.SERVED].steps)
+    state.unasked = True
     pipelines.send(pipeline, "step", timeout.step_s if not state.step_s else max(timeout.hang_s, 1.0), *plans)
     return True
 
 
+def send_last(pipeline: Pipeline, state: Serving) -> None:
+    """Asks for the newest plan's answer, where there is no plan to come that would bring it."""
+    if state.unasked and len(state.steps) < PLANS_UNDER_WAY:
+        timeout = pipeline.ready.config.timeout
+        state.unasked = False
+        pipelines.send(pipeline, "last", timeout.step_s if not state.step_s else max(timeout.hang_s, 1.0))
+
+
 def receive(router: Router, pipeline: Pipeline, state: Serving) -> None:
-    """The oldest plan's answer, to the clients."""
+    """The oldest verb's answer, to the clients."""
     _, results = pipelines.receive(pipeline)
-    answers: tuple[Answer, ...] = results[0].value
+    answers: tuple[Answer, ...] | None = results[0].value
+    if answers is None:
+        return
     answer = answers[routers.SERVED]
     if steps := state.steps.popleft():
         state.step_s = 0.5 * (state.step_s or answer.seconds / steps) + 0.5 * answer.seconds / steps
@@ -159,7 +174,7 @@ def receive(router: Router, pipeline: Pipeline, state: Serving) -> None:
         routers.deliver(router, schedule.take_answer(batch, one))
 
 
-def reason_to_leave(router: Router, pipeline: Pipeline) -> Exit | Evidence | None:
+def reason_to_leave(router: Router, pipeline: Pipeline, state: Serving) -> Exit | Evidence | None:
     """A user who ends the server is obeyed once what runs is done, or serve.drain_s is over."""
     left = pipelines.reason_to_leave(pipeline)
     if left is not Exit.STOPPED:
@@ -169,5 +184,5 @@ def reason_to_leave(router: Router, pipeline: Pipeline) -> Exit | Evidence | Non
     if not router.draining:
         router.draining, router.drain_until = True, time.monotonic() + config.serve.drain_s
         pipeline.ready.report.screen.say("draining: what runs is finished, nothing new is taken")
-    done = all(schedule.idle(batch) for batch in router.batches) and not router.inbox and not pipeline.sent
+    done = all(schedule.idle(batch) for batch in router.batches) and not router.inbox and not state.steps
     return Exit.STOPPED if done or time.monotonic() > router.drain_until else None
