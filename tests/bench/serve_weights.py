@@ -60,10 +60,8 @@ def main(run: str, files: str = "40") -> None:
     print(f"float32: {-whole.mean() / math.log(2):.4f} bits a byte, {len(whole)} bytes")
     for weights in ("bfloat16", "int8"):
         other = scored(folder, model, weights, texts)
-        more = (whole - other).mean() / math.log(2)
-        print(
-            f"{weights}: {more:+.5f} bits a byte; a byte's log-probability moves by {np.abs(other - whole).mean():.4f}"
-        )
+        more, moved = (whole - other).mean() / math.log(2), np.abs(other - whole).mean()
+        print(f"{weights}: {more:+.5f} bits a byte; a byte's log-probability moves by {moved:.4f}")
 
 
 if __name__ == "__main__":
