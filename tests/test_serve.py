@@ -182,6 +182,18 @@ def test_a_seed_and_its_choices_are_the_same_again_whoever_else_asks(server: str
         assert [choice.message.content for choice in found.choices] == alone[n % 7]
 
 
+def test_text_completions_tell_each_token_and_where_it_stands(server: str) -> None:
+    given: Any = {"model": MODEL, "prompt": "import ", "max_tokens": 20, "seed": 3, "logprobs": 2}
+    whole = client(server).completions.create(**given).choices[0]
+    logprobs = whole.logprobs
+    assert logprobs.text_offset == [sum(map(len, logprobs.tokens[:n])) for n in range(20)]
+    assert [len(top) for top in logprobs.top_logprobs] == [2] * 20
+    assert all(value < 0 for value in logprobs.token_logprobs)
+    parts = [chunk.choices[0].logprobs for chunk in client(server).completions.create(**given, stream=True)]
+    assert [at for part in parts if part for at in part.text_offset] == logprobs.text_offset
+    assert [token for part in parts if part for token in part.tokens] == logprobs.tokens
+
+
 def test_a_stop_string_ends_the_answer_and_is_not_shown(server: str) -> None:
     whole = chat(server, "Hello", max_tokens=60).choices[0].message.content
     stop = whole[10:13]

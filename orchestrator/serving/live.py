@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -86,6 +87,7 @@ class Live:
         self.texts = [TextStream(front.coder, wanted.stops) for _ in sequences]
         self.reasons: list[str | None] = [None] * len(sequences)
         self.completion = [0] * len(sequences)
+        self.offset = [0] * len(sequences)  # characters whose logprobs were told
         self.found = [filters.NOTHING] * len(sequences)  # of the filter, in prompt and answer
 
     async def begin(self) -> None:
@@ -187,7 +189,9 @@ class Live:
                 told = self.filters(index)
                 if change.text or change.logprobs:
                     more = {"content": change.text}
-                    yield chunk(api.part_choice(self.head, index, more, told, None, self.shaped(change.logprobs)))
+                    yield chunk(
+                        api.part_choice(self.head, index, more, told, None, self.shaped(index, change.logprobs))
+                    )
                 if reason:
                     yield chunk(api.part_choice(self.head, index, {}, told, reason))
             if self.wanted.include_usage:
@@ -216,22 +220,26 @@ class Live:
             self.close()
         asked = self.wanted.sampling.logprobs is not None
         choices = [
-            api.whole_choice(self.head, n, text, self.filters(n), str(reason), self.shaped(found) if asked else None)
+            api.whole_choice(self.head, n, text, self.filters(n), str(reason), self.shaped(n, found) if asked else None)
             for n, (text, reason, found) in enumerate(zip(texts, self.reasons, logprobs, strict=True))
         ]
         kind = "chat.completion" if self.head.chat else "text_completion"
         return JSONResponse(api.envelope(self.head, kind, choices) | {"usage": self.usage().as_json()})
 
-    def shaped(self, found: list[dict[str, Any]] | None) -> dict[str, Any] | None:
+    def shaped(self, choice: int, found: list[dict[str, Any]] | None) -> dict[str, Any] | None:
+        """Of text completions with the place of each token in the answer, in characters."""
         if found is None:
             return None
         if self.head.chat:
             return {"content": found, "refusal": None}
+        *starts, self.offset[choice] = itertools.accumulate(
+            (len(one["token"]) for one in found), initial=self.offset[choice]
+        )
         return {
             "tokens": [one["token"] for one in found],
             "token_logprobs": [one["logprob"] for one in found],
             "top_logprobs": [{top["token"]: top["logprob"] for top in one["top_logprobs"]} for one in found],
-            "text_offset": [],
+            "text_offset": starts,
         }
 
     def filters(self, choice: int) -> dict[str, Any]:
