@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
 from gemma.config import Model
+from gemma.engine.pages_xla import page_and_offset
 from gemma.model.attention import MASKED
 
 AXES = ("tensor",)  # over which mesh axes its arrays are cut
@@ -43,11 +44,8 @@ def attend(
     """As `pages_xla.attend`. Of several tokens there is one row, with those that have a position in front."""
     R, T, N, H = q_RTNH.shape
     K, page = k_RTKH.shape[2], pages[0].shape[1]
-    index_RT = position_RT // page - first_R[:, None]
+    page_RT, offset_RT = page_and_offset(table_RJ, first_R, position_RT, page)
     there_RT = position_RT >= 0
-    fits_RT = there_RT & (index_RT < table_RJ.shape[1])
-    at_RT = jnp.take_along_axis(table_RJ, jnp.clip(index_RT, 0, table_RJ.shape[1] - 1), axis=1)
-    page_RT, offset_RT = jnp.where(fits_RT, at_RT, 0), position_RT % page
     count_R = jnp.ones(R, jnp.int32) if T == 1 else jnp.sum(there_RT, axis=1, dtype=jnp.int32)
     length_R = jnp.maximum(1, jnp.max(position_RT, axis=1) + 1 - first_R * page)
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(count_R, dtype=jnp.int32)])

@@ -37,13 +37,19 @@ def attend(
     number of the first of them. What has no position, or no page, goes to page 0.
     """
     (keys, values), page = pages, pages[1].shape[2]
-    index_RT = position_RT // page - first_R[:, None]
-    fits_RT = (position_RT >= 0) & (index_RT < table_RJ.shape[1])
-    at_RT = jnp.take_along_axis(table_RJ, jnp.clip(index_RT, 0, table_RJ.shape[1] - 1), axis=1)
-    page_RT, offset_RT = jnp.where(fits_RT, at_RT, 0), position_RT % page
+    page_RT, offset_RT = page_and_offset(table_RJ, first_R, position_RT, page)
     keys = keys.at[page_RT, :, :, offset_RT].set(k_RTKH.astype(keys.dtype))
     values = values.at[page_RT, :, offset_RT].set(v_RTKH.astype(values.dtype))
     return looked_at(q_RTNH, keys, values, table_RJ, first_R, position_RT, window, cap), (keys, values)
+
+
+def page_and_offset(
+    table_RJ: jax.Array, first_R: jax.Array, position_RT: jax.Array, page: int
+) -> tuple[jax.Array, jax.Array]:
+    """Where a position is kept: its page, and its place there."""
+    index_RT, J = position_RT // page - first_R[:, None], table_RJ.shape[1]
+    at_RT = jnp.take_along_axis(table_RJ, jnp.clip(index_RT, 0, J - 1), axis=1)
+    return jnp.where((position_RT >= 0) & (index_RT < J), at_RT, 0), position_RT % page
 
 
 def looked_at(
