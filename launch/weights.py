@@ -30,6 +30,7 @@ def given(usage: str) -> tuple[dict[str, str], list[str]]:
 def begin(config: Config, overrides: list[str], command: str, parent: dict[str, Any] | None) -> Exit:
     """A run of its own. parent: the id and step of the run whose weights it uses."""
     preflight.check(config)
+    preflight.check_fits(config)
     run_id = config.run.id or rundir.new_id(f"{config.model.name}-{command}")
     config = configs.with_id(config, run_id, config.run.root)
     with Interrupt() as interrupt:

@@ -1,6 +1,7 @@
 """launch.plan serve=true: a server's real programs compiled for a slice that is not here, and what is said of them."""
 
 import json
+import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ import pytest
 from gemma.config import ConfigError
 from gemma.plan import v5p
 from launch.plan import composed
+from launch.weights import begin
 from orchestrator.config import Config
 from orchestrator.plan import ahead, preflight, serving
 
@@ -92,6 +94,16 @@ def test_weights_that_cannot_fit_are_refused_before_a_slice_is_asked_for() -> No
     large = composed([*NINE[-2:], "model=gemma2_27b", "serve.weights=float32", "model.layers=184"], "serve")
     with pytest.raises(ConfigError, match=r"^mesh\.fsdp=1 mesh\.tensor=4: weights and one sequence of 8192 need"):
         preflight.check_fits(large)
+
+
+def test_the_server_s_command_refuses_them_and_leaves_nothing(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        where = [f"cluster.address=127.0.0.1:{head.getsockname()[1]}", "cluster=ray", f"run.root={tmp_path}"]
+        large = ["model=gemma2_27b", "model.layers=184", "serve.weights=float32"]
+        config = composed([*where, *large, f"serve.checkpoint={tmp_path}"], "serve")
+        with pytest.raises(ConfigError, match=r"plan\.skip=true overrides"):
+            begin(config, [], "serve", None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_search_ranks_every_mesh_of_the_slice(monkeypatch: pytest.MonkeyPatch) -> None:
