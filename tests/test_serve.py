@@ -249,20 +249,27 @@ def test_streams_outlive_their_hosts_with_the_tokens_they_would_have_had(root: P
         asking = openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
 
         async def one(prompt: str) -> str:
-            given: Any = {"model": MODEL, "max_tokens": 150, "seed": 7, "stream": True}
+            given: Any = {"model": MODEL, "max_tokens": 200, "seed": 7, "stream": True}
             stream = await asking.chat.completions.create(messages=[{"role": "user", "content": prompt}], **given)
             return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
-        streams = [asyncio.ensure_future(one(prompt)) for prompt in PROMPTS]
+        streams = [asyncio.ensure_future(one(prompt)) for prompt in PROMPTS * 3]  # more than there are slots
         await asyncio.sleep(0.3)
         kill_worker(root / "killed", 0)
         return await asyncio.gather(*streams)
 
     with started(root, "killed") as (_, address):
-        undisturbed = [streamed(address, prompt, max_tokens=150)[0] for prompt in PROMPTS]
-        assert asyncio.run(all_streams(address)) == undisturbed
+        undisturbed = [streamed(address, prompt, max_tokens=200)[0] for prompt in PROMPTS]
+        assert asyncio.run(all_streams(address)) == undisturbed * 3
     failures = [event for event in rundir.events(root / "killed") if event["event"] == "failure"]
     assert len(failures) == 1
+    finish(launch("report", f"run.root={root}", "run=killed"), 0)
+    page = (root / "killed" / "report.html").read_text()
+    assert "s to the first token" in page
+    assert "host died" in page
+    waits = [row["first_token_s"] for row in rundir.metrics(root / "killed").values() if "first_token_s" in row]
+    assert waits
+    assert all(0 < wait < 60 for wait in waits)
 
 
 def test_newer_checkpoints_are_moved_to_and_no_stream_ends(server: str, root: Path) -> None:

@@ -35,6 +35,15 @@ class Row(NamedTuple):
 MEASURED = Row._fields[2:-1]
 
 
+class Served(NamedTuple):
+    """What a server did in a second; NaN where it says nothing."""
+
+    tokens: float  # so far
+    tokens_per_s: float
+    first_token_s: float
+    between_tokens_s: float
+
+
 class Eval(NamedTuple):
     step: int
     loss: float
@@ -62,6 +71,7 @@ class History:
     controllers: list[Controller]
     incidents: list[Incident]
     goodput: dict[str, Any]  # empty where there is none yet
+    served: list[Served]  # of a server
 
 
 def number(value: Any) -> float:
@@ -87,9 +97,9 @@ def read(folder: Path, state: str, now: float) -> History:
     losses = [Eval(whole(e.get("step")), number(e.get("loss")), number(e.get("bits_per_byte"))) for e in found]
     evals = {one.step: one for one in losses}
     controllers = lives(manifest, rows, events, incidents, now if state == "running" else None)
-    return History(
-        folder.name, manifest, state, rows, events, [evals[s] for s in sorted(evals)], controllers, incidents, goodput
-    )
+    served = read_served(folder / "metrics.jsonl") if manifest.config.get("serve") else []
+    kept = [evals[s] for s in sorted(evals)]
+    return History(folder.name, manifest, state, rows, events, kept, controllers, incidents, goodput, served)
 
 
 def checked(manifest: rundir.Manifest) -> rundir.Manifest:
@@ -98,6 +108,11 @@ def checked(manifest: rundir.Manifest) -> rundir.Manifest:
     tables: dict[str, Any] = {name: value if isinstance(value, dict) else {} for name, value in found.items()}
     attempts = [replace(one, time=number(one.time) if number(one.time) > 0 else 0.0) for one in manifest.attempts]
     return replace(manifest, created=number(manifest.created), attempts=attempts, **tables)
+
+
+def read_served(path: Path) -> list[Served]:
+    lines = [row for row in rundir.read_lines(path) if isinstance(row, dict)]
+    return [Served(*(number(row.get(name)) for name in Served._fields)) for row in lines if "running" in row]
 
 
 def read_rows(path: Path) -> list[Row]:

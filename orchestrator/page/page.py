@@ -99,16 +99,38 @@ def ordered(names: Sequence[str] | set[str]) -> list[str]:
 
 def tiles(history: History) -> list[tuple[str, str]]:
     """Figures and what they are."""
+    if history.served or section(history, "serve"):
+        return [*served(history), *of_every_run(history)]
     rows = final(history.rows)
     last = rows[-1] if rows else None
     steps = section(history, "train").get("steps")
     speeds = sorted(row.tokens_per_s for row in rows if math.isfinite(row.tokens_per_s))
-    goodput = number(history.goodput.get("goodput"))
     return [
         (f"{last.step if last else 0:,}", f"of {steps:,} steps" if isinstance(steps, int) else "steps"),
         (figure(last.loss if last else math.nan), "loss"),
         (figure(last.bits_per_byte if last else math.nan), "bits per byte"),
         (short(speeds[len(speeds) // 2]) if speeds else "–", "tokens/s, median"),
+        *of_every_run(history),
+    ]
+
+
+def served(history: History) -> list[tuple[str, str]]:
+    def median(name: str) -> float:
+        found = sorted(value for one in history.served if math.isfinite(value := getattr(one, name)))
+        return found[len(found) // 2] if found else math.nan
+
+    tokens = max((one.tokens for one in history.served if math.isfinite(one.tokens)), default=0.0)
+    return [
+        (f"{tokens:,.0f}", "tokens"),
+        (short(median("tokens_per_s")), "tokens/s, median"),
+        (figure(median("first_token_s")), "s to the first token, median"),
+        (figure(median("between_tokens_s")), "s between tokens, median"),
+    ]
+
+
+def of_every_run(history: History) -> list[tuple[str, str]]:
+    goodput = number(history.goodput.get("goodput"))
+    return [
         (f"{goodput:.1%}" if math.isfinite(goodput) else "–", "goodput"),
         (str(history.goodput.get("restarts", "–")), "restarts"),
         (duration(number(history.goodput.get("wall_s"))), "wall time"),

@@ -3,6 +3,7 @@
 Hosts may die and others come: the router keeps every request with the tokens it has, and the new hosts go on with it.
 """
 
+import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -127,6 +128,9 @@ class Serving:
         routers.show(router)
         batch, tokens_per_s = router.batches[routers.SERVED], (router.tokens - self.tokens) / (now - self.written)
         self.written, self.tokens = now, router.tokens
+        waits = {"first_token_s": router.first_s, "between_tokens_s": router.between_s}
+        latencies = {name: statistics.median(seconds) for name, seconds in waits.items() if seconds}
+        router.first_s, router.between_s = [], []
         if tokens_per_s == 0 and not batch.running:
             return
         self.report.served(
@@ -135,6 +139,8 @@ class Serving:
             tokens_per_s=tokens_per_s,
             cache_used=schedule.pages_used(batch),
             put_back=batch.put_back,
+            tokens=router.tokens,
+            **latencies,
         )
 
 

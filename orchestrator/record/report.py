@@ -202,6 +202,7 @@ class Report:
         row = {"step": self.newest, "attempt": self.attempt, "time": time.time()} | measured
         self.step = self.newest
         self.metrics_file.write(row)
+        self.wandb.log(row)
         self.look_at_files()
         self.write_goodput()
 

@@ -58,6 +58,8 @@ class Router:
     put_back: int = 0  # sequences of this batch, as /metrics has it
     drain_until: float = 0.0  # time.monotonic()
     newest: dict[int, float] = field(default_factory=dict)  # by sequence: time.monotonic() of its newest token
+    first_s: list[float] = field(default_factory=list)  # to first tokens, since metrics.jsonl had a line
+    between_s: list[float] = field(default_factory=list)  # between tokens, likewise
 
 
 def new_sequences(
@@ -153,9 +155,11 @@ def count_tokens(router: Router, request: Request, item: News, now: float) -> No
         before = router.newest.get(sequence.id)
         if before is None:
             metrics.first_token_s.observe(now - request.came)
+            router.first_s.append(now - request.came)
             metrics.cached_tokens.inc(sequence.found)
         else:
             metrics.between_tokens_s.observe((now - before) / count)
+            router.between_s.append((now - before) / count)
         router.newest[sequence.id] = now
     if sequence.ended is not None:
         metrics.finished.labels(sequence.ended).inc()
