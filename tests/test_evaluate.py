@@ -13,7 +13,7 @@ from orchestrator.programs.evaluate import RESULT, answered, by_set
 from orchestrator.programs.rewind import GoBack, Stop, decide_rewind, over_budget, since_last_good
 from orchestrator.programs.window import RECENT, Pace, deadline_of, learn
 from orchestrator.record import rundir
-from tests.runs import SMALL, event_names, finish, kill_worker, launch, losses, wait_for_step
+from tests.runs import SMALL, event_names, finish, launch, losses, wait_for_step
 
 BATCHES = 50
 
@@ -23,19 +23,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a trained run, and an evaluation of it that nothing disturbed."""
     root = tmp_path_factory.mktemp("runs")
     finish(launch("train", f"run.root={root}", "run.id=trained", *SMALL), 0)
-    evaluation(root, "undisturbed", [])
+    evaluation(root, "undisturbed")
     return root
 
 
-def evaluation(root: Path, name: str, kills: list[int]) -> Path:
-    """An evaluation whose ranks are killed, each once some more batches are answered."""
-    process = launch("evaluate", "run=trained", f"run.root={root}", f"run.id={name}", f"eval.rows={8 * BATCHES}")
-    folder = root / name
-    for count, rank in enumerate(kills, 1):
-        wait_for_step(process, folder, 10 * count)
-        kill_worker(folder, rank)
-    finish(process, 0)
-    return folder
+def evaluation(root: Path, name: str, *more: str) -> Path:
+    finish(
+        launch("evaluate", "run=trained", f"run.root={root}", f"run.id={name}", f"eval.rows={8 * BATCHES}", *more), 0
+    )
+    return root / name
 
 
 def found(folder: Path) -> dict[str, float]:
@@ -50,7 +46,7 @@ def test_it_finds_the_loss_that_training_found(root: Path) -> None:
 
 
 def test_killed_hosts_change_nothing_and_no_batch_is_computed_twice(root: Path) -> None:
-    folder = evaluation(root, "killed", [0, 1])
+    folder = evaluation(root, "killed", "chaos.faults=[worker@5/0,worker@10/1]")
     assert event_names(folder).count("failure") == 2
     assert losses(folder) == losses(root / "undisturbed")
     assert found(folder) == found(root / "undisturbed")
