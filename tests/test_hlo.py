@@ -199,8 +199,7 @@ ENTRY %main (p0: bf16[256,1024], p1: bf16[1024,1024]) -> bf16[256,1024] {
     assert found.hbm_bytes == 2 * 1024**2
 
 
-def test_a_weight_behind_a_bitcast_is_read_whole() -> None:
-    text = """HloModule m
+BITCAST = """HloModule m
 %bitcast_fusion (p: bf16[1024,1024]) -> bf16[1024,1024] {
   %p = bf16[1024,1024]{1,0} parameter(0)
   ROOT %bitcast = bf16[1024,1024]{1,0} bitcast(%p)
@@ -209,7 +208,7 @@ def test_a_weight_behind_a_bitcast_is_read_whole() -> None:
   %a = bf16[8,1024]{1,0} parameter(0)
   %b = bf16[1024,1024]{1,0} parameter(1)
   %c = bf16[1024,1024]{1,0} fusion(%b), kind=kLoop, calls=%bitcast_fusion
-  ROOT %convolution = bf16[8,1024]{1,0} convolution(%a, %c), dim_labels=bf_io->bf
+  ROOT USER
 }
 ENTRY %main (p0: bf16[8,1024], p1: bf16[1024,1024]) -> bf16[8,1024] {
   %p0 = bf16[8,1024]{1,0:S(1)} parameter(0)
@@ -217,5 +216,16 @@ ENTRY %main (p0: bf16[8,1024], p1: bf16[1024,1024]) -> bf16[8,1024] {
   ROOT %fusion = bf16[8,1024]{1,0:S(1)} fusion(%p0, %p1), kind=kOutput, calls=%fused
 }
 """
-    found = cost(hlo.parse(text), {"tensor": 1}, [Place(0, (0, 0, 0))])
-    assert found.hbm_bytes == 2 * 1024**2
+
+
+@pytest.mark.parametrize(
+    ("user", "rows"),
+    [
+        ("%convolution = bf16[8,1024]{1,0} convolution(%a, %c), dim_labels=bf_io->bf", 1024),
+        ("%slice = bf16[8,1024]{1,0} slice(%c), slice={[0:8], [0:1024]}", 8),
+        ("%moved = bf16[1024,1024]{1,0} bitcast(%c)", 1024),
+    ],
+)
+def test_of_a_weight_behind_a_bitcast_what_is_used_is_read(user: str, rows: int) -> None:
+    found = cost(hlo.parse(BITCAST.replace("USER", user)), {"tensor": 1}, [Place(0, (0, 0, 0))])
+    assert found.hbm_bytes == 2 * 1024 * rows

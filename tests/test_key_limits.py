@@ -17,6 +17,7 @@ def test_requests_of_the_last_minute_are_counted() -> None:
     assert limits.wait_s(spent, 30.0, 3, None) == pytest.approx(30.0)
     assert limits.wait_s(spent, 61.0, 3, None) == 0
     assert limits.wait_s(spent, 61.0, 2, None) == pytest.approx(9.0)
+    assert limits.wait_s(spent, 61.0, 1, None) == pytest.approx(19.0)  # until the newest is forgotten
 
 
 def test_tokens_of_the_last_minute_are_counted() -> None:

@@ -190,6 +190,7 @@ def all_logits(shape: Shape, weights: Tree, x_RTD: jax.Array) -> jax.Array:
 
 
 def project(x_RTD: jax.Array, weight_DE: Any, H: int) -> jax.Array:
+    """The barrier keeps heads flat up to here: else the TPU compiler turns each weight around, at every step."""
     R, T, D = x_RTD.shape
     return jax.lax.optimization_barrier(product(x_RTD.reshape(R * T, D), weight_DE)).reshape(R, T, -1, H)
 
