@@ -149,6 +149,14 @@ def streamed(address: str, body: Any) -> list[Any]:
     return [json.loads(event) for event in events[:-1]]
 
 
+def test_a_judge_that_does_not_answer_is_not_waited_for_for_ever(judge: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "JUDGE_S", 0.2)
+    deaf = Router(10, limits=judge.router.limits)
+    with pytest.raises(judging.JudgeError, match=r"^no answer within"):
+        asyncio.run(judging.log_odds(replace(judge, router=deaf), "Hi"))
+    assert [what for what, _ in deaf.inbox] == ["submit", "cancel"]
+
+
 def is_bad(text: str) -> frozenset[str]:
     return frozenset({"profanity"} if "ß" in text else ())
 

@@ -56,7 +56,7 @@ def serve(router: Router, ready: ReadyHosts) -> Exit | Evidence:
     """Until the user ends it, then until what runs is done. Raises HostsFailedError."""
     report, group, serve = ready.report, ready.group, ready.config.serve
     assert serve is not None
-    router.step = newest(serve)
+    router.step = newest(serve, None)
     facts = recover.stand_at(ready, [(router.step,)] * len(group.workers), None)
     routers.open_batches(router, facts.limits)
     planned = faults.plan(ready.config.chaos, 2**31, len(group.workers))
@@ -65,7 +65,7 @@ def serve(router: Router, ready: ReadyHosts) -> Exit | Evidence:
     try:
         while (left := reason_to_leave(router, pipeline, state)) is None:
             routers.take_inbox(router)
-            if serve.follow and state.is_time_to_look() and (step := newest(serve)) != router.step:
+            if serve.follow and state.is_time_to_look() and (step := newest(serve, router.step)) != router.step:
                 move_to(router, pipeline, state, step)
             if len(state.steps) < PLANS_UNDER_WAY and send_plan(router, pipeline, state):
                 continue
@@ -82,9 +82,12 @@ def serve(router: Router, ready: ReadyHosts) -> Exit | Evidence:
         router.stands = False
 
 
-def newest(serve: Serve) -> int | None:
-    """The step that is to be served."""
-    return rundir.committed(Path(serve.checkpoint).expanduser())[-1] if serve.follow else serve.step
+def newest(serve: Serve, served: int | None) -> int | None:
+    """The step to serve: one that is served stays until there is a later one, also where its run is gone."""
+    if not serve.follow:
+        return serve.step
+    steps = [*rundir.committed(Path(serve.checkpoint).expanduser()), *([] if served is None else [served])]
+    return max(steps, default=None)
 
 
 def move_to(router: Router, pipeline: Pipeline, state: "Serving", step: int | None) -> None:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from orchestrator.serving.live import Front
 
 
+JUDGE_S = 300.0  # between answers; hosts that come after others answer too
+
+
 class JudgeError(Exception):
     """The judge could not be asked."""
 
@@ -45,7 +48,7 @@ async def log_odds(front: "Front", question: str, answer: str | None = None) -> 
     request = routers.submit(front.router, sequences, routers.JUDGE)
     try:
         logprobs = await scores(request)
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, JudgeError):
         routers.cancel(front.router, request)
         raise
     odds = [yes - no for yes, no in zip(logprobs[::2], logprobs[1::2], strict=True)]
@@ -71,7 +74,10 @@ async def scores(request: routers.Request) -> list[float]:
     """The log-probability of each sequence's last token."""
     found: list[float | None] = [None] * len(request.sequences)
     while None in found:
-        part = await request.parts.get()
+        try:
+            part = await asyncio.wait_for(request.parts.get(), JUDGE_S)
+        except TimeoutError:
+            raise JudgeError(f"no answer within {JUDGE_S:.0f} s") from None
         if part.scored is not None and part.scored.logprobs:
             found[part.choice] = part.scored.logprobs[0]
         elif part.ended is not None and found[part.choice] is None:

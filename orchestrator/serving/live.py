@@ -109,7 +109,7 @@ class Live:
         judged = self.front.serve.filter != "off"
         held, sent = [Change(n, "", None, None) for n in range(len(self.texts))], [""] * len(self.texts)
         async for change in self.parts():
-            if change is None or not judged:
+            if change is None or not judged or change.reason not in (None, *ENDS):
                 yield change
                 continue
             choice = change.choice
