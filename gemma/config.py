@@ -310,12 +310,32 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Replicas:
+    """How many slices serve the same weights, each by itself."""
+
+    min: int
+    max: int
+    up_s: float  # requests have waited for so long: one more
+    down_s: float  # one fewer would have done for so long: one fewer
+
+    def __post_init__(self) -> None:
+        require_at_least("serve.replicas", {"min": self.min, "max": self.max}, 1)
+        require(
+            self.min <= self.max <= 1024,
+            f"serve.replicas.max={self.max}: must lie in serve.replicas.min={self.min}..1024",
+        )
+        for key in ("up_s", "down_s"):
+            require(getattr(self, key) > 0, f"serve.replicas.{key}={getattr(self, key)}: must be above 0")
+
+
+@dataclass(frozen=True)
 class Serve:
     """Weights that are served: a server is a run of its own."""
 
     checkpoint: str  # a run's folder, imported weights, a Hugging Face folder
     step: int | None  # of a run's checkpoints; null is the newest, or weights that have none
     name: str  # what clients call the model
+    replicas: Replicas
     slots: int  # sequences that decode together
     context: int | None  # positions of a sequence, at most; null is the model's
     page: int | None  # positions of a page of the cache; null is 32, on TPU 128

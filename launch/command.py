@@ -142,6 +142,9 @@ def arguments(known: dict[str, str], usage: str) -> tuple[dict[str, str], list[s
     return own, rest
 
 
+VALUES = ("eval.sets", "serve.replicas")  # sections that are given as a value too
+
+
 def apply(container: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """A resolved config with overrides in Hydra's grammar laid over it; group=name takes that file of conf/."""
     config = OmegaConf.create(container)
@@ -151,7 +154,7 @@ def apply(container: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
             raise ConfigError(f"{line}: a resumed run takes key=value only")
         if OmegaConf.select(config, key, default=Ellipsis) is Ellipsis:
             raise ConfigError(unknown_key(key))
-        if OmegaConf.is_dict(OmegaConf.select(config, key)) and key != "eval.sets":
+        if OmegaConf.is_dict(OmegaConf.select(config, key)) and key not in VALUES:
             if not Path(CONF, key).is_dir() or not isinstance(override.value(), str):
                 raise ConfigError(f"{line}: {key} is a section; allowed is {key}.NAME=value")
             with initialize_config_dir(CONF, version_base="1.3"):

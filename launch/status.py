@@ -71,6 +71,8 @@ def detail(folder: Path) -> str:
         for e in told
         if e["event"] == "unfit"
     ]
+    if parts := rundir.replicas(folder):
+        lines += [table([line(part) for part in parts])]
     lines += [f"checkpoints at steps {rundir.committed(folder)} in {folder / 'checkpoints'}", "last events:"]
     for event in told[-EVENTS_SHOWN:]:
         clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))

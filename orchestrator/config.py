@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import dacite
@@ -166,7 +167,18 @@ class Config:
 
     @property
     def chips(self) -> int:
+        """That work on one thing: of all slices, or of a server's replica."""
         return self.slice.chips * self.cluster.num_slices
+
+    @property
+    def replicas(self) -> int:
+        """Slices that serve by themselves, at most; a run of another kind counts as one."""
+        return self.serve.replicas.max if self.serve else 1
+
+    @property
+    def scales(self) -> bool:
+        """Whether slices come and go with the load."""
+        return self.serve is not None and self.serve.replicas.min < self.serve.replicas.max
 
     @property
     def filled_mesh(self) -> Mesh:
@@ -230,6 +242,8 @@ def check_detached(cluster: Cluster, run: Run) -> None:
 def from_container(container: Mapping[str, Any]) -> Config:
     """The border. Raises ConfigError naming the key, what came and what is allowed."""
     config = crossed(container)
+    if config.serve is not None:
+        check_replicas(config)
     program = config.program
     check(program)
     slices, replica = config.cluster.num_slices, program.mesh.replica
@@ -241,8 +255,22 @@ def from_container(container: Mapping[str, Any]) -> Config:
     return config
 
 
+def check_replicas(config: Config) -> None:
+    """Raises ConfigError."""
+    slices, kind = config.cluster.num_slices, config.cluster.kind
+    require(
+        slices == 1,
+        f"cluster.num_slices={slices}: a server's replica is one slice; give serve.replicas={slices} instead",
+    )
+    require(
+        not config.scales or kind != "gke",
+        "serve.replicas.max: cluster=gke asks for all slices as one object; give serve.replicas=N, a fixed number",
+    )
+
+
 def crossed(container: Mapping[str, Any]) -> Config:
     """The same, each section by itself: a search has yet to find a mesh and a batch that go together."""
+    container = with_replicas(container)
     hints = dict(typed_keys(Config))
     by_name = tuple(f"{key}." for key, hint in hints.items() if dict[str, str] in getattr(hint, "__args__", ()))
     for key, value in flatten(container).items():
@@ -269,6 +297,17 @@ def crossed(container: Mapping[str, Any]) -> Config:
     except dacite.WrongTypeError as error:
         allowed = describe(error.field_type)
         raise ConfigError(f"{error.field_path}={error.value}: must be {allowed}") from error
+
+
+def with_replicas(container: Mapping[str, Any]) -> Mapping[str, Any]:
+    """serve.replicas=N is N at least and at most."""
+    serve = container.get("serve")
+    if not isinstance(serve, Mapping) or isinstance(count := serve.get("replicas", {}), Mapping):
+        return container
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise ConfigError(f"serve.replicas={count}: must be a whole number, or a section with min and max")
+    fixed = {"min": count, "max": count, "up_s": 1.0, "down_s": 1.0}
+    return {**container, "serve": {**serve, "replicas": fixed}}
 
 
 def describe(kind: Any) -> str:
@@ -330,6 +369,20 @@ def unknown_key(key: str) -> str:
 
 def with_id(config: Config, run_id: str, root: str) -> Config:
     return replace(config, run=replace(config.run, id=run_id, root=root))
+
+
+def of_replica(config: Config, folder: Path) -> Config:
+    """One replica of a server as a run of its own, in a folder of the server's."""
+    assert config.serve is not None
+    one = replace(config.serve, replicas=replace(config.serve.replicas, min=1, max=1))
+    run = replace(config.run, id=folder.name, root=str(folder.parent))
+    return replace(config, run=run, serve=one, wandb=replace(config.wandb, mode="disabled"))
+
+
+def leased(config: Config) -> Config:
+    """With the slices that a run begins with."""
+    count = config.serve.replicas.min if config.serve else config.cluster.num_slices
+    return replace(config, cluster=replace(config.cluster, num_slices=count))
 
 
 def with_slices(config: Config, count: int) -> Config:

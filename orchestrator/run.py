@@ -7,6 +7,7 @@ import shutil
 import time
 import traceback
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -22,8 +23,9 @@ from orchestrator.hosts import fleet as fleets
 from orchestrator.hosts import group as hosts
 from orchestrator.hosts.fleet import Fleet
 from orchestrator.hosts.group import Group, HostsFailedError
-from orchestrator.hosts.ready import ReadyHosts, Work
+from orchestrator.hosts.ready import Demand, ReadyHosts, Work
 from orchestrator.interrupt import Interrupt, StoppedError
+from orchestrator.programs import replicas
 from orchestrator.programs.evaluate import evaluate, evaluated
 from orchestrator.programs.pipeline import stop_spending
 from orchestrator.programs.train import train
@@ -47,8 +49,8 @@ def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, comma
     gc.freeze()  # imported modules are never freed: the collector need not scan them
     report = Report(config, folder, commanded)
     try:
-        with program_of(config, report) as work:
-            code = run_on_cluster(config, folder, report, interrupt, work)
+        with program_of(config, report) as (work, demand):
+            code = run_on_cluster(config, folder, report, interrupt, work, demand)
     except ConfigError as error:
         interrupt.closing = True
         report.event("refuse", reason=str(error))
@@ -77,13 +79,13 @@ def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, comma
     return code
 
 
-def program_of(config: Config, report: Report) -> AbstractContextManager[Work]:
-    """What is done on the hosts."""
+def program_of(config: Config, report: Report) -> AbstractContextManager[tuple[Work, Demand | None]]:
+    """What is done on the hosts; and how much there is to do, where it is a server."""
     if config.serve is not None:
         from orchestrator.programs.serve import serving  # FastAPI: half a second that no other run pays
 
         return serving(config, report)
-    return contextlib.nullcontext(evaluate if config.evaluate else train)
+    return contextlib.nullcontext((evaluate if config.evaluate else train, None))
 
 
 def going_on(config: Config, folder: Path, more: str) -> str:
@@ -103,18 +105,20 @@ def results(config: Config, folder: Path) -> list[str]:
     return evaluation_results(evaluated(folder), rows) if config.evaluate else training_results(rows)
 
 
-def run_on_cluster(config: Config, folder: Path, report: Report, interrupt: Interrupt, work: Work) -> Exit:
+def run_on_cluster(
+    config: Config, folder: Path, report: Report, interrupt: Interrupt, work: Work, demand: Demand | None
+) -> Exit:
     """Gets slices and gives them back. Raises ConfigError for the user's mistakes that only a host can see."""
     if stop_spending(report):
         return Exit.STOPPED
     report.phase("reserve", "starting the cluster")
     try:
-        with (
-            providers.connect(config, report.provided, interrupt.asked) as lease,
-            fleets.managed(config, folder, lease) as fleet,
-        ):
+        with providers.connect(configs.leased(config), report.provided, interrupt.asked) as lease:
             interrupt.check = lease.check_head
-            return run_attempts(config, folder, fleet, report, interrupt, work)
+            if demand is not None and config.replicas > 1:
+                return replicas.run(config, folder, lease, report, interrupt, demand, partial(run_attempts, work=work))
+            with fleets.managed(config, folder, lease) as fleet:
+                return run_attempts(config, folder, fleet, report, interrupt, work)
     except WAITED_IN_VAIN as early:
         return left_waiting(early, report)
     finally:

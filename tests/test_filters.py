@@ -100,17 +100,18 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     of = config(filter="shieldgemma", filter_weights=str(weights))
     assert of.serve is not None
     router, over = Router(of.serve.queue), threading.Event()
-    routers.open_batches(router, [engine.limits, engine.limits])
+    replica = routers.open_replica(router, [engine.limits, engine.limits])
 
     def drive() -> None:
-        batch = router.batches[routers.JUDGE]
+        batch = replica.batches[routers.JUDGE]
         while not over.is_set():
-            routers.take_inbox(router)
+            routers.take(router, replica)
             plan = schedule.plan(batch, 1, 16)
             if plan.empty:
-                router.arrived.wait(0.01)
+                replica.arrived.wait(0.01)
                 continue
-            routers.deliver(router, schedule.take_answer(batch, engines.receive(engine, engines.send(engine, plan))))
+            answer = engines.receive(engine, engines.send(engine, plan))
+            routers.deliver(router, replica, schedule.take_answer(batch, answer))
 
     thread = threading.Thread(target=drive, daemon=True)
     thread.start()
@@ -125,7 +126,7 @@ def test_the_judge_s_log_odds_are_those_of_transformers(judge: Front, number: in
     golden = json.loads(hf_cases.SERVE_GOLDENS.read_text())["log_odds"][number]
     assert found == pytest.approx(golden, abs=1e-4)
     assert len(set(golden.values())) == 4  # they differ, so that one cannot stand for another
-    assert judge.router.batches[routers.JUDGE].found > 0  # what the policies have in common is computed once
+    assert judge.router.replicas[0].batches[routers.JUDGE].found > 0  # common to policies: computed once
 
 
 def test_what_is_longer_than_the_judge_s_context_is_asked_in_parts(judge: Front) -> None:
@@ -154,7 +155,8 @@ def test_a_judge_that_does_not_answer_is_not_waited_for_for_ever(judge: Front, m
     deaf = Router(10, limits=judge.router.limits)
     with pytest.raises(judging.JudgeError, match=r"^no answer within"):
         asyncio.run(judging.log_odds(replace(judge, router=deaf), "Hi"))
-    assert [what for what, _ in deaf.inbox] == ["submit", "cancel"]
+    assert not deaf.requests
+    assert not any(deaf.waiting)
 
 
 def is_bad(text: str) -> frozenset[str]:

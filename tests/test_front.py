@@ -17,7 +17,7 @@ from gemma.batching import schedule
 from orchestrator.config import Config
 from orchestrator.serving import front
 from orchestrator.serving import router as routers
-from orchestrator.serving.router import Router
+from orchestrator.serving.router import Replica, Router
 from tests.test_config import config_of
 from tests.test_schedule import LIMITS, Device
 from tests.test_serve import asked
@@ -41,29 +41,30 @@ def serving(steps_s: float = 0.0, slots: int = 4, **changes: Any) -> Iterator[tu
     assert of.serve is not None
     router, over = Router(of.serve.queue), threading.Event()
     limits = replace(LIMITS, slots=slots, global_pages=400, local_pages=200)
-
-    def drive() -> None:
-        device = Device(limits)
-        while not over.is_set():
-            routers.take_inbox(router)
-            batch = router.batches[routers.SERVED]
-            plan = schedule.plan(batch, 2, 16)
-            if plan.empty:
-                router.arrived.wait(0.01)
-                continue
-            time.sleep(steps_s)
-            routers.deliver(router, schedule.take_answer(batch, device.do(plan)))
-
     with front.served(of, router) as address:
-        routers.open_batches(router, [limits])
-        router.stands = True
-        thread = threading.Thread(target=drive, daemon=True)
+        replica = routers.open_replica(router, [limits])
+        thread = threading.Thread(target=drive, args=(router, replica, over, steps_s), daemon=True)
         thread.start()
         try:
             yield address, router
         finally:
             over.set()
             thread.join(10)
+
+
+def drive(router: Router, replica: Replica, over: threading.Event, steps_s: float) -> None:
+    """What a replica's thread does, with a stand-in for its devices."""
+    (batch,) = replica.batches
+    device = Device(batch.limits)
+    while not over.is_set():
+        routers.take(router, replica)
+        plan = schedule.plan(batch, 2, 16)
+        if plan.empty:
+            replica.arrived.wait(0.01)
+            continue
+        time.sleep(steps_s)
+        if not over.is_set():
+            routers.deliver(router, replica, schedule.take_answer(batch, device.do(plan)))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,8 @@ def post(address: str, body: Any, **headers: str) -> tuple[int, Any]:
 
 
 def idle(router: Router) -> bool:
-    return all(schedule.idle(batch) for batch in router.batches) and not router.requests and not router.open
+    nothing = not router.requests and not router.open and not any(router.waiting) and not router.places
+    return nothing and all(schedule.idle(batch) for replica in router.replicas for batch in replica.batches)
 
 
 def wait_idle(router: Router) -> None:
@@ -160,11 +162,12 @@ def test_while_no_replica_stands_new_requests_are_503_and_running_ones_wait() ->
         running = threading.Thread(target=lambda: found.append(post(address, GOOD | {"max_tokens": 40})[0]))
         running.start()
         time.sleep(0.1)
-        router.stands = False
+        (replica,) = router.replicas
+        router.replicas.clear()
         assert asked(address, "/health")[0] == 503
         code, said = post(address, GOOD)
         assert (code, said["error"]["type"]) == (503, "server_error")
-        router.stands = True
+        router.replicas.append(replica)
         running.join()
         assert found == [200]
         assert asked(address, "/health")[0] == 200

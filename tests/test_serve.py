@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -270,6 +271,74 @@ def test_streams_outlive_their_hosts_with_the_tokens_they_would_have_had(root: P
     waits = [row["first_token_s"] for row in rundir.metrics(root / "killed").values() if "first_token_s" in row]
     assert waits
     assert all(0 < wait < 60 for wait in waits)
+
+
+def test_streams_of_a_lost_replica_go_on_at_another_at_once(root: Path) -> None:
+    async def all_streams(address: str) -> list[str]:
+        asking = openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
+
+        async def one(number: int) -> str:
+            given: Any = {"model": MODEL, "max_tokens": 200, "seed": number, "temperature": 1.0, "stream": True}
+            stream = await asking.chat.completions.create(messages=[{"role": "user", "content": "Hi"}], **given)
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+        streams = [asyncio.ensure_future(one(number)) for number in range(12)]
+        await asyncio.sleep(0.3)
+        if kills:
+            kill_worker(root / "two" / "replica-1", 0)
+        return await asyncio.gather(*streams)
+
+    kills = False
+    with started(root, "two", "serve.replicas=2") as (process, address):
+        wait_for(lambda: len(stand(root / "two")) == 2, "both replicas", process)
+        undisturbed = asyncio.run(all_streams(address))
+        kills = True
+        assert asyncio.run(all_streams(address)) == undisturbed
+        wait_for(lambda: len(stand(root / "two")) == 2, "the lost replica to stand again", process)
+    told = {name: [e["event"] for e in rundir.events(root / "two" / name)] for name in ("replica-0", "replica-1")}
+    assert (told["replica-0"].count("failure"), told["replica-1"].count("failure")) == (0, 1)
+    assert told["replica-1"].count("restore") == 2
+    rows = [row for name in told for row in rundir.metrics(root / "two" / name).values()]
+    assert rows
+    shown = finish(launch("status", f"run.root={root}", "run=two"), 0)
+    assert "replica-1  stopped" in shown
+
+
+def stand(server: Path) -> list[str]:
+    """The replicas that have restored since their hosts were last started."""
+    found = []
+    for folder in rundir.replicas(server):
+        told = [e["event"] for e in rundir.events(folder) if e["event"] in ("start", "restore", "failure")]
+        found += [folder.name] if told and told[-1] == "restore" else []
+    return found
+
+
+def test_replicas_come_with_the_load_and_go_when_it_is_over(root: Path) -> None:
+    few = ["serve.replicas.max=2", "serve.replicas.up_s=0.5", "serve.replicas.down_s=3", "serve.slots=2"]
+    with started(root, "scales", *few) as (process, address):
+        answers: list[Any] = []
+
+        def ask() -> None:
+            answers.append(chat(address, "Hi", max_tokens=200, temperature=1.0, seed=3).choices[0].message.content)
+
+        def news(what: str) -> bool:
+            return any(e["event"] == "replica" and what in e["news"] for e in rundir.events(root / "scales"))
+
+        while not news("begins") or len(rundir.replicas(root / "scales")) < 2:
+            asking = [threading.Thread(target=ask) for _ in range(12)]
+            for thread in asking:
+                thread.start()
+            for thread in asking:
+                thread.join()
+        wait_for(lambda: len(stand(root / "scales")) == 2, "a second replica", process)
+        wait_for(lambda: news("ended: stopped"), "one fewer", process)
+        wait_for(
+            lambda: any("one replica fewer" in e.get("news", "") for e in rundir.events(root / "scales")),
+            "its slice to be given back",
+            process,
+        )
+        assert len(set(answers)) == 1
+        assert healthy(address)
 
 
 def test_newer_checkpoints_are_moved_to_and_no_stream_ends(server: str, root: Path) -> None:

@@ -204,11 +204,13 @@ def request_memory(fleet: Fleet, group: Group, opened: Sequence[Opened], patienc
 
 
 @contextmanager
-def managed(config: Config, folder: Path, lease: Lease) -> Iterator[Fleet]:
+def managed(config: Config, folder: Path, lease: Lease, name: str | None = None) -> Iterator[Fleet]:
     """A fleet that takes over what an earlier controller of this run left. At the end everything is given back, except
     snapshots that a controller which resumes the run will want.
+
+    name: of the run, where the folder's alone does not tell it from others.
     """
-    fleet = Fleet(config, memory.namespace(folder.name, rundir.read_manifest(folder).created), lease)
+    fleet = Fleet(config, memory.namespace(name or folder.name, rundir.read_manifest(folder).created), lease)
     fleet.keepers = memory.find(fleet.space)
     fleet.quarantined = quarantined(folder) if config.fitness.check else {}  # false lifts it
     try:

@@ -1,5 +1,6 @@
 """Finds whole slices among a Ray cluster's nodes by their labels, and reserves them."""
 
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from orchestrator.config import Config
 from orchestrator.slices.topology import CHIPS_PER_HOST, NAME_LABEL, RANK_LABEL, TYPE_LABEL
 
 POLL_S = 0.05
+CHOOSING = threading.Lock()  # a replica of a server chooses at a time
+TAKEN: set[str] = set()  # slices that this process holds: Ray tells of it a moment later
 PLACE_S = 5.0  # what Ray may take to place hosts on nodes that look free, before others are tried
 
 
@@ -87,11 +90,15 @@ def reserve(
     """
     started = time.monotonic()
     while True:
-        whole, free = usable_slices(config, avoid, owns)
         waited_s = time.monotonic() - started
-        fitting = [count for count in enough(waited_s) if count <= len(free)]
-        if fitting and (group := placed(free[: max(fitting)])):
-            return Placement(tuple(spot for chosen in free[: max(fitting)] for spot in chosen), group)
+        with CHOOSING:
+            whole, free = usable_slices(config, avoid, owns)
+            free = [spots for spots in free if spots[0].slice_name not in TAKEN]
+            fitting = [count for count in enough(waited_s) if count <= len(free)]
+            if fitting and (group := placed(free[: max(fitting)])):
+                chosen = Placement(tuple(spot for spots in free[: max(fitting)] for spot in spots), group)
+                TAKEN.update(spot.slice_name for spot in chosen.spots)
+                return chosen
         wait()
         if not enough(waited_s):
             raise TimeoutError(
@@ -125,4 +132,5 @@ def stands(placement: Placement, avoid: Collection[str]) -> bool:
 
 
 def release(placement: Placement) -> None:
+    TAKEN.difference_update(spot.slice_name for spot in placement.spots)
     remove_placement_group(placement.group)

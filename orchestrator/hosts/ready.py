@@ -31,3 +31,16 @@ class ReadyHosts:
 # What a run does on its hosts, from wherever it stands to its end. Returns how the run leaves, or the evidence for
 # which it must move on (a host is drained, a lost slice is back). Raises HostsFailedError.
 Work = Callable[[ReadyHosts], Exit | Evidence]
+
+
+@dataclass(frozen=True)
+class Load:
+    """Of a server's replicas, at a moment."""
+
+    running: int  # sequences
+    waiting: int
+    slots: int  # of the replicas that stand
+    standing: int
+
+
+Demand = Callable[[], Load]  # what there is to do now; called again and again

@@ -111,9 +111,11 @@ def check_stays() -> None:
 
 def check_size(config: Config) -> None:
     """A slice simulated on this machine must fit in it."""
-    if config.hosts > MOST_SIMULATED_HOSTS:
+    hosts, count = config.hosts * config.replicas, f"cluster.num_slices={config.cluster.num_slices}"
+    count = f"serve.replicas={config.replicas}" if config.replicas > 1 else count
+    if hosts > MOST_SIMULATED_HOSTS:
         raise ConfigError(
-            f"cluster.slice={config.cluster.slice} cluster.num_slices={config.cluster.num_slices}: {config.hosts} hosts"
+            f"cluster.slice={config.cluster.slice} {count}: {hosts} hosts"
             f" are too many for cluster=local, which simulates them here; allowed are {MOST_SIMULATED_HOSTS}"
         )
     # Weights, gradients and the two moments, float32. Replicas each hold all of them.

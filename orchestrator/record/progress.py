@@ -16,13 +16,15 @@ LINE_EVERY_S = 10.0  # where there is no terminal to draw on
 class Screen:
     """A bar on a terminal, a line now and then elsewhere. Standard error: standard output stays for results."""
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+    def __init__(self, within: "Screen | None" = None, name: str = "") -> None:
+        """within, name: of a part of a run, whose words are shown under its name among the run's."""
+        self.name = name
+        self.console: Console = within.console if within else Console(stderr=True, highlight=False)
         self.steps: int | None = None  # of the whole run
         self.last_line = 0.0
         self.phase_shown = ""
         self.bar: Progress | None = None
-        if self.console.is_terminal:
+        if self.console.is_terminal and within is None:
             self.bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=30),
@@ -63,6 +65,7 @@ class Screen:
             self.say(f"step {row['step']}/{self.steps}  {numbers}  {left:.0f} s left")
 
     def say(self, text: str) -> None:
+        text = f"{self.name}: {text}" if self.name else text
         with contextlib.suppress(SystemExit, OSError):  # rich's way of saying that nobody reads any more: train on
             self.console.print(text, markup=False, soft_wrap=True)
 

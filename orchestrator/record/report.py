@@ -45,7 +45,7 @@ def seen(cause: Evidence) -> str:
 class Report:
     """Open for the life of a controller."""
 
-    def __init__(self, config: Config, folder: Path, commanded: float):
+    def __init__(self, config: Config, folder: Path, commanded: float, screen: Screen | None = None):
         """commanded: the time.monotonic() at which the user asked."""
         self.config, self.folder, self.commanded = config, folder, commanded
         self.ledger = Ledger()
@@ -53,7 +53,7 @@ class Report:
             self.ledger.carry(earlier)
         self.metrics_file = rundir.Appender(folder / "metrics.jsonl")
         self.events_file = rundir.Appender(folder / "events.jsonl")
-        self.screen = Screen()
+        self.screen = screen or Screen()
         self.wandb = WandbLog(config, folder, self.screen.say)
         self.newest = max(rundir.metrics(folder), default=0)  # the newest step ever reported
         self.step = 0  # the newest of this attempt
@@ -264,7 +264,7 @@ class Report:
 
     def chip_hours(self) -> float:
         """Of the run so far, as if all its slices had been there from start to end."""
-        return self.ledger.held_s() / 3600 * self.config.chips
+        return self.ledger.held_s() / 3600 * self.config.chips * self.config.replicas
 
     def is_spent(self) -> bool:
         """Whether the run has had the chip-hours it may have."""

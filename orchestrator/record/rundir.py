@@ -8,6 +8,7 @@ import fcntl
 import os
 import re
 import secrets
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -147,6 +148,14 @@ def runs(root: str) -> list[Path]:
     return sorted(created, key=lambda folder: created[folder])
 
 
+def replicas(folder: Path) -> list[Path]:
+    """A server's, where it has several: each is a run within it, run=ID/replica-N."""
+    return sorted(
+        (path.parent for path in folder.glob("replica-*/manifest.json")),
+        key=lambda found: int(found.name.partition("-")[2]),
+    )
+
+
 def detached(folder: Path) -> Detached | None:
     found = read_object(folder / DETACHED) or {}
     dashboard, root = found.get("dashboard"), found.get("root")
@@ -200,12 +209,14 @@ class Appender:
         self.waiting: deque[bytes] = deque()
         self.lost = 0  # lines: the oldest give way once there are too many
         self.problem: str | None = None  # why lines wait
+        self.turn = threading.Lock()  # whose line is written
         if os.fstat(self.file).st_size and not ends_line(path):
             self.waiting.append(b"\n")  # what a killed writer left unfinished
 
     def write(self, row: dict[str, Any]) -> None:
-        self.waiting.append(jsonfile.dumps(row).encode() + b"\n")
-        self.flush()
+        with self.turn:
+            self.waiting.append(jsonfile.dumps(row).encode() + b"\n")
+            self.flush()
 
     def flush(self) -> None:
         """Writes what waits, as far as the disk takes it."""

@@ -124,7 +124,7 @@ def page() -> HTMLResponse:
 
 def health(front: Front) -> Callable[[], Awaitable[Response]]:
     async def answer() -> Response:
-        ok = front.router.stands and not front.router.draining
+        ok = front.router.stands
         return JSONResponse({"status": "ok" if ok else "no replica stands"}, 200 if ok else 503)
 
     return answer
@@ -194,7 +194,7 @@ def completing(front: Front, chat: bool) -> Callable[[Request], Awaitable[Respon
             said = f"model={api.shown(wanted.model)}: is not served here; allowed is {front.serve.name}"
             raise RequestError(said, "model", 404, "model_not_found")
         router = front.router
-        if not router.stands or router.draining or not router.limits:
+        if not router.stands or not router.limits:
             raise RequestError("no replica stands; try again", None, 503)
         if router.open >= router.queue:
             raise RequestError(f"{router.open} requests run or wait (serve.queue); try again", None, 429)

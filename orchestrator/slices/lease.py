@@ -15,6 +15,7 @@ class Lease:
     news: Callable[[], None]  # reports new events to the user: called repeatedly
     owns: Callable[[str], bool] = lambda name: True  # whether a slice of the Ray cluster is the run's to use, by name
     check_head: Callable[[], None] = lambda: None  # NoSlicesError once the cluster's head has ended: called often
+    resize: Callable[[int], None] = lambda count: None  # so many slices are wanted from now on
 
 
 def avoided(spot: "Spot", why: str) -> None:

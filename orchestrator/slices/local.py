@@ -43,7 +43,8 @@ def connect(config: Config, tell: Callable[[str, str], None], _: object) -> Iter
     """
     settings = config.cluster.local
     assert settings is not None
-    made = hosts(config) if settings.is_plain else {}
+    plain = settings.is_plain and not config.scales  # else slices come and go
+    made = hosts(config) if plain else {}
     folder = Path(tempfile.mkdtemp(prefix="gemma-", dir="/tmp"))
     auth.write_token(folder, auth.new_token())
     with auth.using(simulated.token_path(folder)):
@@ -53,7 +54,7 @@ def connect(config: Config, tell: Callable[[str, str], None], _: object) -> Iter
         try:
             with handlers_kept():
                 ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-            if settings.is_plain:
+            if plain:
                 repair = partial(simulated.repair, cluster, made, config.cluster.repair_s)
                 yield Lease(repair, partial(discard, cluster), lambda: None, check_head=check)
             else:

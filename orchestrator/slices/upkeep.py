@@ -4,8 +4,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -241,20 +241,25 @@ def managed(upkeep: Upkeep, keep: bool, tell: Callable[[str, str], None]) -> Ite
     """Its `repair` passes on the news and raises what ended the upkeep. At the end all is given back, unless `keep`."""
 
     def pass_on() -> None:
-        while upkeep.news:
-            tell(*upkeep.news.popleft())
+        with suppress(IndexError):  # somebody else has just passed it on
+            while upkeep.news:
+                tell(*upkeep.news.popleft())
 
     def check() -> None:
         pass_on()
         if upkeep.failed is not None:
             raise upkeep.failed
 
+    def resize(count: int) -> None:
+        upkeep.wanted = replace(upkeep.wanted, count=count)  # for the next poll
+
     upkeep.keep = keep
     thread = threading.Thread(target=loop, args=(upkeep,), name="upkeep", daemon=True)
     try:
         begin(upkeep)
         thread.start()
-        yield Lease(check, partial(discard, upkeep), pass_on, lambda name: upkeep.states.get(name) is State.READY)
+        give_back = partial(discard, upkeep)
+        yield Lease(check, give_back, pass_on, lambda name: upkeep.states.get(name) is State.READY, resize=resize)
     finally:
         with signals_wait():  # an impatient user would leave slices behind that are paid for
             upkeep.ended.set()
