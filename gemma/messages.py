@@ -46,6 +46,16 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """A block's answers, in the order of its requests: the log-probability of all targets in nats, and whether each
+    was the most likely token.
+    """
+
+    block: int
+    found: tuple[tuple[float, bool], ...]
+
+
+@dataclass(frozen=True)
 class BadStep:
     """A step whose update was not applied: not finite, or a spike."""
 

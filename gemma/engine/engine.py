@@ -21,7 +21,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma.batching.plans import MOST_LOGPROBS, Admit, Answer, Chosen, Chunk, Limits, Plan, Row, Scored, Table
 from gemma.engine import sampling
-from gemma.engine.forward import FEWEST_ROWS, Cache, Rows, Shape, all_logits, hidden, pages_of, unstacked, weight_places
+from gemma.engine.forward import (
+    FEWEST_ROWS,
+    Cache,
+    Rows,
+    Shape,
+    all_logits,
+    hidden_over_pages,
+    pages_of,
+    unstacked,
+    weight_places,
+)
 from gemma.model.transformer import float32_means_float32
 from gemma.train import aot
 
@@ -178,7 +188,7 @@ def row_shapes(limits: Limits, R: int, T: int, one: Any) -> tuple[Any, ...]:
 def decode(shape: Shape, weights: Tree, state: State, slot_R: jax.Array, rows: Rows) -> tuple[State, jax.Array]:
     """The logits after one token more of each row. A row without a position is nobody's."""
     with float32_means_float32(shape.dtype):
-        x_R1D, cache = hidden(shape, weights, state.cache, state.token_B[slot_R][:, None], rows)
+        x_R1D, cache = hidden_over_pages(shape, weights, state.cache, state.token_B[slot_R][:, None], rows)
         logits_RV = last_logits(shape, weights, x_R1D[:, 0])
     return state._replace(cache=cache), logits_RV
 
@@ -197,7 +207,7 @@ def prefill(
     the log-probability of each target, and whether it is the most likely token.
     """
     with float32_means_float32(shape.dtype):
-        x_RTD, cache = hidden(shape, weights, state.cache, tokens_RT, rows)
+        x_RTD, cache = hidden_over_pages(shape, weights, state.cache, tokens_RT, rows)
         x_R1D = jnp.take_along_axis(x_RTD, (count_R - 1)[:, None, None], axis=1)
         logits_RV = last_logits(shape, weights, x_R1D[:, 0])
         scores = score(shape, weights, x_RTD, target_RT) if scored and target_RT is not None else None

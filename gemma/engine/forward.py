@@ -7,6 +7,7 @@ Layers are unrolled and have arrays of their own: a scan would copy each layer's
 are those that training has (`gemma.model.transformer`): what defines the model is written once.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -122,46 +123,72 @@ def weight_places(shape: Shape) -> Tree:
     }
 
 
-def hidden(shape: Shape, weights: Tree, cache: Cache, tokens_RT: jax.Array, rows: Rows) -> tuple[jax.Array, Cache]:
-    """x_RTD after the final norm, and the cache with the chunk's keys and values in it."""
+# q_RTNH, k_RTKH and v_RTKH of a layer, turned and scaled: out_RTNH. It keeps what it wants of them.
+Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def hidden(shape: Shape, weights: Tree, tokens_RT: jax.Array, position_RT: jax.Array, attend: Attend) -> jax.Array:
+    """x_RTD after the final norm. attend: to what came before and to the tokens themselves."""
     model, dtype = shape.model, jnp.dtype(shape.dtype)
     x_RTD = embedded(weights["embedding_VD"], tokens_RT).astype(dtype) * jnp.asarray(model.width**0.5, dtype)
-    pages = list(cache)
     for layer, at in enumerate(weights["layers"]):
-        local = layer % 2 == 0
         pre_attention, post_attention, pre_mlp, post_mlp = at["norms_4D"]
         y_RTD = rms_norm(x_RTD, pre_attention, model.norm_eps)
-        y_RTD, pages[layer] = attention(shape, at, pages[layer], y_RTD, rows, local)
+        y_RTD = attention(shape, at, y_RTD, position_RT, partial(attend, layer))
         x_RTD = x_RTD + rms_norm(y_RTD, post_attention, model.norm_eps)
         y_RTD = mlp(at, rms_norm(x_RTD, pre_mlp, model.norm_eps))
         x_RTD = x_RTD + rms_norm(y_RTD, post_mlp, model.norm_eps)
-    return rms_norm(x_RTD, weights["final_norm"], model.norm_eps), tuple(pages)
+    return rms_norm(x_RTD, weights["final_norm"], model.norm_eps)
 
 
-def attention(
-    shape: Shape, at: Tree, pages: tuple[jax.Array, ...], x_RTD: jax.Array, rows: Rows, local: bool
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def attention(shape: Shape, at: Tree, x_RTD: jax.Array, position_RT: jax.Array, attend: Any) -> jax.Array:
     model = shape.model
     q_RTNH, k_RTKH, v_RTKH = (project(x_RTD, at[name], model.head_size) for name in ("q_DE", "k_DE", "v_DE"))
-    q_RTNH = rope(q_RTNH, rows.position_RT, model.rope_base, shape.platform) * jnp.asarray(
-        model.query_scale, x_RTD.dtype
-    )
-    k_RTKH = rope(k_RTKH, rows.position_RT, model.rope_base, shape.platform)
+    q_RTNH = rope(q_RTNH, position_RT, model.rope_base, shape.platform) * jnp.asarray(model.query_scale, x_RTD.dtype)
+    k_RTKH = rope(k_RTKH, position_RT, model.rope_base, shape.platform)
+    out_RTNH = attend(q_RTNH, k_RTKH, v_RTKH)
+    R, T, D = x_RTD.shape
+    return product(out_RTNH.reshape(R * T, -1), at["o_ED"]).reshape(R, T, D)
+
+
+def hidden_over_pages(
+    shape: Shape, weights: Tree, cache: Cache, tokens_RT: jax.Array, rows: Rows
+) -> tuple[jax.Array, Cache]:
+    """x_RTD after the final norm, and the cache with the chunk's keys and values in it."""
+    pages = list(cache)
+
+    def attend(layer: int, q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array) -> jax.Array:
+        out_RTNH, pages[layer] = over_pages(shape, layer, q_RTNH, k_RTKH, v_RTKH, pages[layer], rows)
+        return out_RTNH
+
+    return hidden(shape, weights, tokens_RT, rows.position_RT, attend), tuple(pages)
+
+
+def over_pages(
+    shape: Shape,
+    layer: int,
+    q_RTNH: jax.Array,
+    k_RTKH: jax.Array,
+    v_RTKH: jax.Array,
+    pages: tuple[jax.Array, ...],
+    rows: Rows,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    model, local, kept = shape.model, layer % 2 == 0, pages_of(shape)
     table_RJ, first_R = (rows.local_RJ, rows.first_R) if local else (rows.global_RJ, jnp.zeros_like(rows.first_R))
-    kept = pages_of(shape)
-    over_pages = partial(kept.attend, window=model.window if local else None, cap=model.attention_cap)
+    attend = partial(kept.attend, window=model.window if local else None, cap=model.attention_cap)
     everywhere, heads, cut = P(), P(None, None, "tensor"), P(*kept.AXES)
     if shape.mesh.size > 1:  # each device along `tensor` has its own heads, and their pages
-        over_pages = jax.shard_map(
-            over_pages,
+        attend = jax.shard_map(
+            attend,
             mesh=shape.mesh,
             in_specs=(heads, heads, heads, (cut,) * len(pages), everywhere, everywhere, everywhere),
             out_specs=(heads, (cut,) * len(pages)),
             check_vma=False,
         )
-    out_RTNH, pages = over_pages(q_RTNH, k_RTKH, v_RTKH, pages, table_RJ, first_R, rows.position_RT)
-    R, T, D = x_RTD.shape
-    return product(out_RTNH.reshape(R * T, -1), at["o_ED"]).reshape(R, T, D), pages
+    found: tuple[jax.Array, tuple[jax.Array, ...]] = attend(
+        q_RTNH, k_RTKH, v_RTKH, pages, table_RJ, first_R, rows.position_RT
+    )
+    return found
 
 
 def pages_of(shape: Shape) -> Any:
