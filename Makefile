@@ -8,7 +8,7 @@ RUN := .venv/bin/python
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: install train serve test soak check format
+.PHONY: install train serve evaluate test soak check format
 install: .venv/installed
 
 # Gemma 2, tiny, on a simulated v5p-16, on real text.
@@ -19,6 +19,11 @@ train: install
 serve: install
 	ls runs/*/checkpoints/* > /dev/null 2>&1 || $(RUN) -m launch.train model=tiny
 	$(RUN) -m launch.serve run=latest
+
+# A small suite on shipped examples, of what was trained last; trains `tiny` where nothing was. Ends with a table and a page.
+evaluate: install
+	ls runs/*/checkpoints/* > /dev/null 2>&1 || $(RUN) -m launch.train model=tiny
+	$(RUN) -m launch.evaluate run=latest suite=quick
 
 test: install
 	$(RUN) -m pytest

@@ -298,15 +298,31 @@ class Guard:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Weights whose held-out loss is computed: an evaluation is a run of its own."""
+    """Weights that are evaluated, as a run of its own. Without suite and tasks it finds the held-out loss."""
 
     weights: str  # a run's folder, imported weights, a Hugging Face folder
     step: int | None  # of a run's checkpoints; null is the newest, or weights that have none
+    suite: str | None  # tables of the model card: orchestrator/evaluation/tasks.py says which there are
+    tasks: tuple[str, ...]  # rows of them by name, beside the suite's or without one
+    data: str | None  # a folder with the benchmarks' files; null takes them from the Hugging Face hub
+    limit: int | None  # documents of each part of a row; null is all
+    chat: bool  # questions are put as a conversation; examples are turns of it
+    run_code: bool  # whether programs that the model writes are run, in a sandbox
+    block: int  # tokens that a device computes at a time; results may differ in the last bits with it
+    slots: int  # texts that are written together
 
     def __post_init__(self) -> None:
         require(bool(self.weights), "evaluate.weights=: empty; give a folder")
-        require_local("evaluate.weights", self.weights)
+        for key in ("weights", "data"):
+            require_local(f"evaluate.{key}", getattr(self, key) or "")
         require(self.step is None or self.step >= 0, f"evaluate.step={self.step}: must be at least 0, or null")
+        require(self.limit is None or self.limit >= 1, f"evaluate.limit={self.limit}: must be at least 1, or null")
+        require_at_least("evaluate", {"block": self.block, "slots": self.slots}, 1)
+
+    @property
+    def asks(self) -> bool:
+        """Whether requests are put, of a suite or of tasks."""
+        return bool(self.suite or self.tasks)
 
 
 @dataclass(frozen=True)
@@ -450,6 +466,8 @@ def check(program: Program) -> None:
     if program.serve is not None:
         require(mesh.replica == 1, f"mesh.replica={mesh.replica}: a server has one copy of the weights; must be 1")
         return
+    if program.evaluate is not None and program.evaluate.asks:
+        return  # neither text nor batches are of interest
     rows = mesh.batch_shards * train.accumulation
     require(
         train.batch % rows == 0,

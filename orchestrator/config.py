@@ -22,6 +22,7 @@ from gemma.config import (
     Optim,
     Profile,
     Program,
+    Replicas,
     Serve,
     Train,
     check,
@@ -30,6 +31,7 @@ from gemma.config import (
     require_at_least,
     require_local,
 )
+from gemma.plan import flops, v5p
 from gemma.schedule import resolved
 from orchestrator.chaos import faults
 from orchestrator.chaos.faults import Chaos
@@ -181,15 +183,32 @@ class Config:
         return self.serve is not None and self.serve.replicas.min < self.serve.replicas.max
 
     @property
+    def asks(self) -> bool:
+        """Whether it is an evaluation that puts requests: it reads no text."""
+        return self.evaluate is not None and self.evaluate.asks
+
+    @property
     def filled_mesh(self) -> Mesh:
         """Of a server that leaves fsdp and tensor open, heads go over as many chips as they can. The chips of a
-        simulated host are one processor's: there a server takes one of them.
+        simulated host are one processor's: there a server takes one of them. An evaluation that puts requests has the
+        weights on every chip, where half its memory holds them: then chips never wait for one another.
         """
+        if self.asks:
+            return self.asking_mesh
         if self.serve is None or (self.mesh.fsdp, self.mesh.tensor) != (-1, -1):
             return fill(self.mesh, self.chips)
         if self.cluster.kind == "local":
             return Mesh(1, 1, 1) if self.hosts == 1 else Mesh(1, self.chips, 1)
         return Mesh(1, self.chips // self.head_ways, self.head_ways)
+
+    @property
+    def asking_mesh(self) -> Mesh:
+        tensor, local = max(1, self.mesh.tensor), self.cluster.kind == "local"
+        chips = 1 if local and self.hosts == 1 and tensor == 1 else self.chips
+        weights = sum(flops.parameters(self.model)) * (4 if self.train.dtype == "float32" else 2) // tensor
+        if local or weights <= v5p.HBM_BYTES / 2:
+            return fill(Mesh(-1, 1, tensor), chips)
+        return fill(Mesh(self.cluster.num_slices, -1, tensor), chips)
 
     @property
     def head_ways(self) -> int:
@@ -377,6 +396,40 @@ def of_replica(config: Config, folder: Path) -> Config:
     one = replace(config.serve, replicas=replace(config.serve.replicas, min=1, max=1))
     run = replace(config.run, id=folder.name, root=str(folder.parent))
     return replace(config, run=run, serve=one, wandb=replace(config.wandb, mode="disabled"))
+
+
+def writing(config: Config) -> Config:
+    """An evaluation's config as hosts have it while they write texts: by the engine that serves."""
+    assert config.evaluate is not None
+    what = config.evaluate
+    serve = Serve(
+        checkpoint=what.weights,
+        step=what.step,
+        name=config.model.name,
+        replicas=Replicas(1, 1, 1.0, 1.0),
+        slots=what.slots,
+        context=None,
+        page=None,
+        chunk=256,
+        cache_tokens=None,
+        weights="auto",
+        host="127.0.0.1",
+        port=0,
+        prefix="",
+        api_keys=None,
+        cors=(),
+        queue=1,
+        body_mb=1.0,
+        drain_s=1.0,
+        follow=False,
+        requests_per_minute=None,
+        tokens_per_minute=None,
+        filter="off",
+        filter_weights=None,
+        filter_threshold=0.5,
+        filter_passage=1,
+    )
+    return replace(config, evaluate=None, serve=serve, mesh=Mesh(1, -1, -1))
 
 
 def leased(config: Config) -> Config:

@@ -49,7 +49,7 @@ def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, comma
     gc.freeze()  # imported modules are never freed: the collector need not scan them
     report = Report(config, folder, commanded)
     try:
-        with program_of(config, report) as (work, demand):
+        with program_of(config, folder, report) as (work, demand):
             code = run_on_cluster(config, folder, report, interrupt, work, demand)
     except ConfigError as error:
         interrupt.closing = True
@@ -79,12 +79,16 @@ def run(config: Config, folder: Path, lock: IO[str], interrupt: Interrupt, comma
     return code
 
 
-def program_of(config: Config, report: Report) -> AbstractContextManager[tuple[Work, Demand | None]]:
+def program_of(config: Config, folder: Path, report: Report) -> AbstractContextManager[tuple[Work, Demand | None]]:
     """What is done on the hosts; and how much there is to do, where it is a server."""
     if config.serve is not None:
         from orchestrator.programs.serve import serving  # FastAPI: half a second that no other run pays
 
         return serving(config, report)
+    if config.asks:
+        from orchestrator.programs.suite import asking  # lm-eval: seconds
+
+        return asking(config, folder, report)
     return contextlib.nullcontext((evaluate if config.evaluate else train, None))
 
 
@@ -102,6 +106,10 @@ def results(config: Config, folder: Path) -> list[str]:
     rows = rundir.metrics(folder)
     if config.serve is not None:
         return []
+    if config.asks:
+        from orchestrator.programs.suite import shown
+
+        return shown(folder)
     return evaluation_results(evaluated(folder), rows) if config.evaluate else training_results(rows)
 
 
@@ -173,7 +181,7 @@ def open_programs(
     config: Config, folder: Path, group: Group, fleet: Fleet, report: Report, interrupt: Interrupt
 ) -> list[Opened]:
     """Every host's program, with its data and what it compiles."""
-    if config.serve is None:
+    if config.serve is None and not config.asks:
         report.phase("start", "reading the text")
         hosts.collect(hosts.tokenise(group, config), interrupt.asked)
     report.phase("start", "compiling")

@@ -21,7 +21,15 @@ NEVER = {
 }
 # A process of their own each; JAX inside their functions, so that importing them costs nothing.
 JAX_INSIDE = {"orchestrator/hosts/worker.py", "launch/convert.py"}
-WORKER_OPENS = {"gemma.engine.server", "gemma.train.evaluator", "gemma.train.fitness", "gemma.train.trainer"}
+WORKER_OPENS = {
+    *(
+        "gemma.engine.server",
+        "gemma.score.scorer",
+        "gemma.train.evaluator",
+        "gemma.train.fitness",
+        "gemma.train.trainer",
+    )
+}
 CODE = [p.relative_to(TOP).as_posix() for folder in NEVER for p in sorted((TOP / folder).rglob("*.py"))]
 PYTHON = [*CODE, *(p.relative_to(TOP).as_posix() for p in sorted((TOP / "tests").rglob("*.py")))]
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma.config import Mesh
-from gemma.score import rows
-from gemma.score.rows import Plan, Request, Row, make_plan, make_row
+from gemma.batching import rows
+from gemma.batching.rows import Plan, Request, Row, make_plan, make_row
+from gemma.config import Evaluate, Mesh
 from gemma.score.scorer import Scorer
 from tests import hf_cases
 from tests.test_config import config_of
@@ -56,17 +56,15 @@ def scorer(tmp_path: Path, name: str, tasks: list[list[list[Request]]], mesh: Me
         model=model,
         mesh=mesh,
         train=replace(made.train, dtype="float32"),
-        evaluate=rows_evaluate(str(weights)),
+        evaluate=evaluating(weights),
     )
     found = Scorer(program, tmp_path, tmp_path / "cache")
     found.restore(0)
     return found
 
 
-def rows_evaluate(weights: str):  # type: ignore[no-untyped-def]
-    from gemma.config import Evaluate
-
-    return Evaluate(weights, None)
+def evaluating(weights: Path) -> Evaluate:
+    return Evaluate(str(weights), None, "quick", (), None, None, False, False, 64, 4)
 
 
 def answers(made: Scorer, order: list[int] | None = None) -> dict[int, tuple[float, bool]]:

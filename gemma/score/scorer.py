@@ -1,13 +1,17 @@
 """One host's part of scoring requests, behind the verbs the controller speaks: restore, score."""
 
+import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from gemma.batching.rows import FILE, PREFIX_WIDTHS, Plan, at_least
+from gemma.batching.rows import load as load_plan
 from gemma.config import Program
 from gemma.engine import engine as engines
 from gemma.engine.forward import Shape, unstacked, weight_places
@@ -17,8 +21,6 @@ from gemma.model import load
 from gemma.model.sharding import make_mesh
 from gemma.score import program as programs
 from gemma.score.program import Block
-from gemma.score.rows import FILE, PREFIX_WIDTHS, Plan, at_least
-from gemma.score.rows import load as load_plan
 from gemma.train import aot
 
 NO_PREFIX = -1
@@ -46,12 +48,17 @@ class Scorer:
         wanted = programs.programs(self.shape, weights, sizes)
         jitted = jax.jit(lambda params: unstacked(params, self.shape), out_shardings=weight_places(self.shape))
         wanted["unstack",] = jitted, (self.abstract,)
-        self.programs, there = {}, []
-        for name, (program_, arguments) in wanted.items():
+        self.programs: dict[Any, Any] = {}
+
+        def compiled(name: Any) -> bool:
+            jitted, arguments = wanted[name]
             told = "-".join(("requests", *map(str, name)))
-            self.programs[name], cached = aot.compiled(told, program_, arguments, facts, cache, some)
-            there.append(cached)
-        self.cached, self.weights = all(there), None
+            self.programs[name], there = aot.compiled(told, jitted, arguments, facts, cache, some)
+            return there
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            self.cached = all(list(pool.map(compiled, wanted)))  # every one, also after one that was not there
+        self.weights: Any = None
         self.prefix: tuple[int, Any] = (NO_PREFIX, ())
         self.seconds = {"compile": time.monotonic() - started}
 

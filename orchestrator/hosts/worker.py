@@ -28,6 +28,7 @@ from orchestrator.slices.topology import CHIPS_PER_HOST
 
 if TYPE_CHECKING:
     from gemma.engine.server import Server
+    from gemma.score.scorer import Scorer
     from gemma.text.corpus import Texts
     from gemma.train.evaluator import Evaluator
     from gemma.train.trainer import Trainer
@@ -78,7 +79,7 @@ class Host:
         gc.freeze()
         gc.set_threshold(GARBAGE)
         sys.setswitchinterval(SWITCH_S)
-        self.program: Trainer | Evaluator | Server | None = None
+        self.program: Trainer | Evaluator | Scorer | Server | None = None
         self.texts: Texts | None = None
         self.rank = 0
         self.notice: str | None = None
@@ -158,6 +159,7 @@ class Host:
     def open(self, program: Program, folder: str, cache: str) -> Any:
         """Makes the programs ready; Opened, or what was Raised."""
         from gemma.engine.server import Server
+        from gemma.score.scorer import Scorer
         from gemma.train.evaluator import Evaluator
         from gemma.train.trainer import Trainer
 
@@ -165,7 +167,8 @@ class Host:
             if not Path(folder, "manifest.json").exists():
                 where = f"{Path(folder).parent} on host {self.rank} ({socket.gethostname()})"
                 raise ConfigError(f"run.root: {where} does not hold the run; give a directory that all hosts share")
-            opens = Server if program.serve else Evaluator if program.evaluate else Trainer
+            evaluates = Scorer if program.evaluate and program.evaluate.asks else Evaluator
+            opens = Server if program.serve else evaluates if program.evaluate else Trainer
             self.program = opens(program, Path(folder), Path(cache).expanduser(), self.texts)
             gc.freeze()
             return self.program.opened()

@@ -206,6 +206,11 @@ class Report:
         self.look_at_files()
         self.write_goodput()
 
+    def answered(self, done: int, step_s: float, **measured: float) -> None:
+        """Of an evaluation: how many blocks of scores and texts are answered."""
+        self.step = self.newest = done
+        self.served(step_s=step_s, **measured)
+
     def bad(self, bad: BadStep) -> None:
         """A step whose update was not applied."""
         row = self.newest_row

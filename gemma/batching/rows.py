@@ -144,19 +144,18 @@ def make_plan(tasks: Sequence[Sequence[Sequence[Request]]], block_tokens: int) -
             row = make_row(document, length)
             of_width.setdefault((prefix, at_least(WIDTHS, len(row.tokens))), []).append(len(rows))
             rows.append(row)
+    of_width = folded(of_width, block_tokens)
     blocks: list[list[int]] = []
     shapes = []
-    most: dict[tuple[int, int], int] = {}  # targets of a row, by the sizes of prefix and row
-    for (prefix, width), those in of_width.items():
-        key = (at_least(PREFIX_WIDTHS, len(prefixes[prefix])) if prefix >= 0 else 0), width
-        most[key] = max(most.get(key, 0), *(len(rows[row].target) for row in those))
+    most: dict[int, int] = {}  # targets of a row, by width
+    for (_, width), those in of_width.items():
+        most[width] = max(most.get(width, 0), *(len(rows[row].target) for row in those))
     # Blocks of like shape follow one another, so that several devices find enough of them.
     for (prefix, width), those in sorted(of_width.items(), key=lambda item: (item[0][1], item[0][0])):
         size = max(1, block_tokens // width)
-        key = (at_least(PREFIX_WIDTHS, len(prefixes[prefix])) if prefix >= 0 else 0), width
         for first in range(0, len(those), size):
             blocks.append(those[first : first + size])
-            shapes.append((prefix, width, size, at_least(TARGET_COUNTS, most[key])))
+            shapes.append((prefix, width, size, at_least(TARGET_COUNTS, most[width])))
     tokens, row_at = flat(row.tokens for row in rows)
     target, target_at = flat(row.target for row in rows)
     counts, request_at = flat(row.counts for row in rows)
@@ -178,6 +177,25 @@ def make_plan(tasks: Sequence[Sequence[Sequence[Request]]], block_tokens: int) -
         rows_at=rows_at,
         shapes=np.array(shapes, np.int32).reshape(-1, 4),
     )
+
+
+def folded(of_width: dict[tuple[int, int], list[int]], block_tokens: int) -> dict[tuple[int, int], list[int]]:
+    """Rows that would not fill a block go among those of their prefix that are wider, where all fit in one: fewer
+    shapes, and fewer blocks that are mostly empty.
+    """
+    found: dict[tuple[int, int], list[int]] = {}
+    held: dict[int, list[int]] = {}  # by prefix
+    wider: dict[int, list[int]] = {}
+    for prefix, width in sorted(of_width):
+        wider.setdefault(prefix, []).append(width)
+    for prefix, widths in wider.items():
+        for width, after in zip(widths, [*widths[1:], None], strict=True):
+            those = held.pop(prefix, []) + of_width[prefix, width]
+            if after is not None and len(those) * after <= block_tokens:
+                held[prefix] = those
+            else:
+                found[prefix, width] = sorted(those)
+    return found
 
 
 def flat(parts: Iterable[Ids]) -> tuple[np.ndarray, np.ndarray]:
