@@ -27,33 +27,14 @@ DATA = Path(__file__).parents[2] / "shared" / "data" / "eval"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there: the benchmarks' files")
 
 # Documents that are scored, and choices of each; None: as many as the document has.
-COUNTS: dict[str, tuple[int, int | None]] = {
-    "mmlu": (14042, 4),
-    "hellaswag": (10032, 4),
-    "piqa": (1838, 2),
-    "social_iqa": (1954, 3),
-    "boolq": (3270, 2),
-    "winogrande": (1267, 2),
-    "arc_easy": (2376, None),
-    "arc_challenge": (1172, None),
-    "triviaqa": (11313, 1),
-    "natural_questions": (3610, 1),
-    "humaneval": (164, 1),
-    "mbpp": (500, 1),
-    "gsm8k": (1319, 1),
-    "math": (5000, 1),
-    "agieval": (3852, None),
-    "bbh": (6511, 1),
-    "realtoxicity": (5000, 1),
-    "crows_pairs": (1508, 2),
-    "bbq_ambig": (5971, 12),
-    "bbq_disambig": (5978, 12),
-    "winogender": (720, 2),
-    "truthfulqa": (817, None),
-    "winobias_1_2": (792, 2),
-    "winobias_2_2": (792, 2),
-    "toxigen": (31000, 1),
-}
+COUNTS: dict[str, tuple[int, int | None]] = {}
+COUNTS |= {"mmlu": (14042, 4), "hellaswag": (10032, 4), "piqa": (1838, 2), "social_iqa": (1954, 3)}
+COUNTS |= {"boolq": (3270, 2), "winogrande": (1267, 2), "arc_easy": (2376, None), "arc_challenge": (1172, None)}
+COUNTS |= {"triviaqa": (11313, 1), "natural_questions": (3610, 1), "humaneval": (164, 1), "mbpp": (500, 1)}
+COUNTS |= {"gsm8k": (1319, 1), "math": (5000, 1), "agieval": (3852, None), "bbh": (6511, 1)}
+COUNTS |= {"realtoxicity": (5000, 1), "crows_pairs": (1508, 2), "bbq_ambig": (5971, 12), "bbq_disambig": (5978, 12)}
+COUNTS |= {"winogender": (720, 2), "truthfulqa": (817, None), "winobias_1_2": (792, 2), "winobias_2_2": (792, 2)}
+COUNTS |= {"toxigen": (31000, 1)}
 PARTS = {"mmlu": 57, "math": 7, "agieval": 10, "bbh": 27, "bbq_ambig": 6, "bbq_disambig": 6, "toxigen": 31}
 SHOTS = {"mmlu": 5, "hellaswag": 10, "arc_challenge": 25, "triviaqa": 5, "natural_questions": 5, "mbpp": 3, "gsm8k": 5}
 SHOTS |= {"math": 4, "bbh": 3, "bbq_ambig": 1}
@@ -90,6 +71,7 @@ def choices(task: Any, document: Any) -> list[str]:
 
 def test_each_row_of_the_card_has_its_file() -> None:
     assert {path.stem for path in tasks.ROWS.glob("*.yaml")} == set(tasks.SUITES["card"])
+    assert set(COUNTS) == set(tasks.SUITES["card"]) - {"drop", "bold"}
     for name in tasks.SUITES["card"]:
         row = tasks.read_row(name)
         assert (row.name, row.table) == (name, "quality" if name in tasks.QUALITY else "safety")
@@ -166,6 +148,9 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     assert told("arc_easy").startswith(f"{tmp_path}: arc_easy is in a form that is not known (IndexError")
     (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "How many?"}\n')
     assert told("gsm8k").startswith("gsm8k in evaluate.data cannot be opened (UndefinedError: 'answer' is undefined")
+    shutil.copy(tmp_path / "gsm8k" / "train.jsonl", tmp_path / "gsm8k" / "test.jsonl")
+    (tmp_path / "gsm8k" / "train.jsonl").write_text('{"question": "How many?", "answer": "#### 1"}\n')
+    assert "number of fewshot samples requested exceeds the 1 that are available" in told("gsm8k")
     packed = tmp_path / "boolq" / "boolq_superglue_validation.jsonl.gz"
     packed.write_bytes(gzip.compress(packed.with_suffix("").read_bytes()))
     packed.with_suffix("").unlink()
@@ -220,10 +205,6 @@ def test_a_row_has_all_its_documents_and_each_all_its_choices(name: str) -> None
     assert kinds == dict.fromkeys(kinds, row.kind) | ({"math": "text"} if name == "agieval" else {})
 
 
-def test_every_row_that_has_files_is_counted() -> None:
-    assert set(COUNTS) == set(tasks.SUITES["card"]) - {"drop", "bold"}
-
-
 @needs_data
 @pytest.mark.parametrize("name", [*SHOTS, "agieval"])
 def test_shots_are_the_same_for_each_document_and_are_not_scored(name: str) -> None:
@@ -250,14 +231,20 @@ def check_shots(part: Part, count: int) -> None:
         at = beginnings[0].index(shot, at) + len(shot)
 
 
+def definition(include: str, **how: Any) -> dict[str, Any]:
+    """lm-eval's own."""
+    import lm_eval.tasks
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    return load_yaml(Path(lm_eval.tasks.__file__).parent / include, **how)
+
+
 def theirs(include: str, split: str, documents: Sequence[Any], **more: Any) -> Any:
     """A task of lm-eval's own definition over documents."""
     import datasets
-    import lm_eval.tasks
     from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks._yaml_loader import load_yaml
 
-    config = load_yaml(Path(lm_eval.tasks.__file__).parent / include)
+    config = definition(include)
     table = datasets.Dataset.from_list(list(documents))
     return ConfigurableTask(config={**config, **more, "custom_dataset": lambda **_: {split: table, "train": table}})
 
@@ -302,10 +289,7 @@ def test_rendering_shots_once_changes_no_request(name: str, include: str) -> Non
     ],
 )
 def test_rows_that_are_written_here_read_as_lm_evals_do(name: str, include: str, keys: Sequence[str]) -> None:
-    import lm_eval.tasks
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    config = load_yaml(Path(lm_eval.tasks.__file__).parent / include, resolve_func=False)
+    config = definition(include, resolve_func=False)
     task = tasks.read_row(name).task
     assert {key: task[key] for key in keys} == {key: config[key] for key in keys}
     assert task["generation_kwargs"]["until"] == config["generation_kwargs"]["until"]
@@ -396,23 +380,16 @@ def test_the_number_behind_the_hashes_counts() -> None:
 
 @needs_data
 def test_written_answers_are_compared_as_lm_eval_compares_them() -> None:
-    for name, number, answer, value in [
-        ("triviaqa", 0, " scorpio", 0),
-        ("triviaqa", 1, " SCORE!", 0),
-        ("natural_questions", 0, " the December 1972", 1),
-        ("natural_questions", 0, " 1972", 0),
-        ("bbh", 0, "... So the answer is True.", None),
-    ]:
-        _, parts = opened(name)
-        part = parts[0]
-        document = part.task.eval_docs[number]
-        if name == "triviaqa":
-            assert score(name, part, f" {document['answer']['aliases'][-1].upper()}!", number) == 1
-        if name == "bbh":
-            assert score(name, part, f"... So the answer is {document['target']}.", number) == 1
-            assert score(name, part, "... So the answer is perhaps.", number) == 0
-        else:
-            assert score(name, part, answer, number) == value
+    (trivia,) = opened("triviaqa")[1]
+    alias = trivia.task.eval_docs[1]["answer"]["aliases"][-1]
+    assert score("triviaqa", trivia, f" {alias.upper()}!", 1) == 1
+    assert score("triviaqa", trivia, f" {alias} and more", 1) == 0
+    (open_questions,) = opened("natural_questions")[1]
+    assert score("natural_questions", open_questions, " the December 1972") == 1
+    assert score("natural_questions", open_questions, " 1972") == 0
+    logic = opened("bbh")[1][0]
+    assert score("bbh", logic, f"... So the answer is {logic.task.eval_docs[0]['target']}.") == 1
+    assert score("bbh", logic, "... So the answer is perhaps.") == 0
 
 
 @pytest.mark.parametrize(
@@ -436,16 +413,14 @@ def test_minervas_rules(answer: str, said: str, same: bool) -> None:
 
 
 def test_a_program_goes_with_its_tests() -> None:
-    row = tasks.read_row("humaneval")
-    document: dict[str, Any] = {"prompt": "def two():\n", "entry_point": "two"}
-    document["test"] = "def check(f):\n    assert f() == 2"
-    program, checks = tasks.program_of(row, document, "    return 2")
-    exec(f"{program}\n{checks}", {})
-    document = {"test_setup_code": "n = 2", "test_list": ["assert two() == n", "assert two() < 3"]}
-    assert tasks.program_of(tasks.read_row("mbpp"), document, program) == (
-        program,
-        "n = 2\nassert two() == n\nassert two() < 3",
-    )
+    human: dict[str, Any] = {"prompt": "def two():\n", "entry_point": "two"}
+    human["test"] = "def check(f):\n    assert f() == 2"
+    basic = {"test_setup_code": "n = 2", "test_list": ["assert two() == n", "assert two() < 3"]}
+    for name, document, begun in (("humaneval", human, ""), ("mbpp", basic, "def two():\n")):
+        row = tasks.read_row(name)
+        exec("\n".join(tasks.program_of(row, document, f"{begun}    return 2")), {})
+        with pytest.raises(AssertionError):
+            exec("\n".join(tasks.program_of(row, document, f"{begun}    return 3")), {})
     with pytest.raises(ValueError, match="no programs"):
         tasks.program_of(tasks.read_row("piqa"), {}, "")
 
@@ -512,6 +487,4 @@ def test_a_pair_of_sentences_stands_alone() -> None:
 def test_whole_rows_are_rendered(name: str) -> None:
     _, parts = opened(name)
     for part in parts:
-        found = built(part, None)
-        assert len(found) == len(part.task.eval_docs)
-        assert all(one.args[0] == str(one.args[0]) for instances in found.values() for one in instances)
+        assert len(built(part, None)) == len(part.task.eval_docs)

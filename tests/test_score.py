@@ -59,7 +59,7 @@ def scorer(tmp_path: Path, name: str, tasks: list[list[list[Request]]], mesh: Me
         evaluate=evaluating(weights),
     )
     found = Scorer(program, tmp_path, tmp_path / "cache")
-    found.restore(0)
+    found.restore(0, found.plan.digest())
     return found
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from gemma.batching.rows import FILE, PREFIX_WIDTHS, Plan, at_least
 from gemma.batching.rows import load as load_plan
-from gemma.config import Program
+from gemma.config import ConfigError, Program
 from gemma.engine import engine as engines
 from gemma.engine.forward import Shape, unstacked, weight_places
 from gemma.engine.server import abstract_params
@@ -73,9 +73,13 @@ class Scorer:
     def opened(self) -> Opened:
         return Opened(share_key="", share_bytes=0)
 
-    def restore(self, step: int) -> Restored:
-        """Stands ready with `step` answered blocks, the weights on the devices. Raises WeightsError."""
+    def restore(self, step: int, digest: str) -> Restored:
+        """Stands ready with `step` answers there, the weights on the devices. digest: of the requests that are meant.
+        Raises ConfigError, WeightsError.
+        """
         started = time.monotonic()
+        if (found := self.plan.digest()) != digest:
+            raise ConfigError(f"run.root: a host reads other requests there ({found}, not {digest})")
         if self.weights is None:
             params = load.load_params(self.what.weights, self.abstract, self.what.step)
             self.weights = jax.block_until_ready(self.programs["unstack",](params))
@@ -83,7 +87,7 @@ class Scorer:
         return Restored(
             step=step,
             fresh=step == 0,
-            fingerprint=self.plan.digest(),
+            fingerprint="",
             bytes_per_target=1.0,
             step_flops=0,
             compile_cached=self.cached,

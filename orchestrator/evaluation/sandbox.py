@@ -91,7 +91,8 @@ def unavailable() -> str | None:
 def run(program: str, tests: str, timeout_s: float = 3.0, memory_mb: int = 2048) -> Verdict:
     """Whether a program passes tests that are run after it and see its names.
 
-    Raises RuntimeError where it cannot be contained, or the sandbox does not start: that is no verdict.
+    timeout_s: of both together, without the start. memory_mb: of each. Raises RuntimeError where they cannot be
+    contained, or no sandbox starts: that is no verdict.
     """
     if reason := unavailable():
         raise RuntimeError(f"programs cannot be contained here: {reason}")

@@ -133,18 +133,18 @@ def open_part(row: Row, name: str, splits: Splits | None) -> Part:
     from lm_eval.api.task import ConfigurableTask
 
     config = config_of(row, name)
-    if splits is not None:
-        tables = {split: datasets.Dataset.from_list(documents) for split, documents in splits.items()}
-        config["custom_dataset"] = lambda **_: tables
-    elif not config.get("dataset_path"):
+    if splits is None and not config.get("dataset_path"):
         raise NoDataError(f"{row.name} is read from files only: give evaluate.data")
     try:
+        if splits is not None:
+            tables = {split: datasets.Dataset.from_list(documents) for split, documents in splits.items()}
+            config["custom_dataset"] = lambda **_: tables
         task = ConfigurableTask(config=config)
+        settle(task)
     except Exception as error:  # the hub's libraries raise what they like, a template what its document lacks
         source = f"{row.data} in evaluate.data" if splits is not None else f"{config['dataset_path']} of the hub"
         told = " ".join(str(error).split())[:300]
         raise NoDataError(f"{source} cannot be opened ({type(error).__name__}: {told})") from error
-    settle(task)
     texts = row.kind == "choices" and task.OUTPUT_TYPE == "generate_until"
     return Part(name, "text" if texts else row.kind, task)
 
@@ -206,7 +206,7 @@ def settle(task: Any) -> None:
 
 
 def program_of(row: Row, document: Document, answer: str) -> tuple[str, str]:
-    """Where an answer is a program: it, and the tests that judge it."""
+    """What is run to judge an answer that is a program: it, and the tests behind it."""
     if row.program is None:
         raise ValueError(f"the answers of {row.name} are no programs")
     return row.program(document, answer)

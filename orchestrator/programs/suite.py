@@ -74,7 +74,7 @@ def opened_again(ready: ReadyHosts) -> ReadyHosts:
 def score(suite: Suite, ready: ReadyHosts, look: suites.Look) -> Exit | Evidence | None:
     """Keeps two calls in flight. None once all scores are there."""
     done = suites.done(suite)
-    recover.stand_at(ready, [(done,)] * len(ready.group.workers), None)
+    recover.stand_at(ready, [(done, suite.asked.plan.digest())] * len(ready.group.workers), None)
     mesh, pipeline = ready.config.filled_mesh, Pipeline(ready, done)
     waiting = deque(rows.steps(suite.asked.plan, suites.missing_blocks(suite), mesh.replica * mesh.fsdp))
     step_s, left = 0.0, None

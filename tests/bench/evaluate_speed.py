@@ -68,7 +68,7 @@ def ours(weights: Path, path: Path) -> dict[str, Any]:
             made.program, model=open_hf(weights).model, mesh=Mesh(1, 1, 1), train=train, evaluate=evaluating(weights)
         )
         scorer = Scorer(program, Path(folder), Path(folder) / "cache")
-        scorer.restore(0)
+        scorer.restore(0, plan.digest())
         steps = rows.steps(plan, range(plan.blocks), 1)
         scorer.score(steps[:1])
         scorer.prefix = -1, ()

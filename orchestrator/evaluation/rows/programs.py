@@ -8,7 +8,7 @@ def humaneval(doc: dict[str, Any], answer: str) -> tuple[str, str]:
 
 
 def mbpp(doc: dict[str, Any], answer: str) -> tuple[str, str]:
-    return answer, "\n".join([doc["test_setup_code"], *doc["test_list"]]).strip()
+    return answer, "\n".join([doc["test_setup_code"], *doc["test_list"]])
 
 
 def shots_of_mbpp(docs: Any) -> list[dict[str, Any]]:
