@@ -36,7 +36,7 @@ from gemma.schedule import resolved
 from orchestrator.chaos import faults
 from orchestrator.chaos.faults import Chaos
 from orchestrator.slices.cluster import NAME, Cluster
-from orchestrator.slices.topology import Slice, slice_type
+from orchestrator.slices.topology import CHIPS_PER_HOST, Slice, slice_type
 
 LARGEST_INT = 2**32  # of any setting; some have smaller bounds of their own
 WANDB_NAME = r"[A-Za-z0-9._-]{1,128}"
@@ -194,7 +194,7 @@ class Config:
         weights on every chip, where half its memory holds them: then chips never wait for one another.
         """
         if self.asks:
-            return self.asking_mesh
+            return self.asking_mesh if self.serve is None else self.host_mesh
         if self.serve is None or (self.mesh.fsdp, self.mesh.tensor) != (-1, -1):
             return fill(self.mesh, self.chips)
         if self.cluster.kind == "local":
@@ -209,6 +209,14 @@ class Config:
         if local or weights <= v5p.HBM_BYTES / 2:
             return fill(Mesh(-1, 1, tensor), chips)
         return fill(Mesh(self.cluster.num_slices, -1, tensor), chips)
+
+    @property
+    def host_mesh(self) -> Mesh:
+        """Of a host that writes texts by itself: an evaluation's texts are shared out among the hosts."""
+        if self.cluster.kind == "local":
+            return Mesh(1, 1, 1)
+        tensor = math.gcd(CHIPS_PER_HOST, self.head_ways)
+        return Mesh(1, CHIPS_PER_HOST // tensor, tensor)
 
     @property
     def head_ways(self) -> int:
@@ -399,7 +407,7 @@ def of_replica(config: Config, folder: Path) -> Config:
 
 
 def writing(config: Config) -> Config:
-    """An evaluation's config as hosts have it while they write texts: by the engine that serves."""
+    """An evaluation's config as hosts have it while they write texts: each by itself, by the engine that serves."""
     assert config.evaluate is not None
     what = config.evaluate
     serve = Serve(
@@ -429,7 +437,7 @@ def writing(config: Config) -> Config:
         filter_threshold=0.5,
         filter_passage=1,
     )
-    return replace(config, evaluate=None, serve=serve, mesh=Mesh(1, -1, -1))
+    return replace(config, serve=serve)
 
 
 def leased(config: Config) -> Config:

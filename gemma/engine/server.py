@@ -40,7 +40,9 @@ class Server:
         assert program.serve is not None
         self.serve, self.model, self.cache = program.serve, program.model, cache
         started = time.monotonic()
-        self.mesh = make_mesh(program.mesh, jax.devices()[: math.prod(program.mesh.shape)])
+        self.by_host = program.evaluate is not None  # an evaluation's hosts write by themselves, and all are heard
+        devices = jax.local_devices() if self.by_host else jax.devices()
+        self.mesh = make_mesh(program.mesh, devices[: math.prod(program.mesh.shape)])
         platform = self.mesh.devices.flat[0].platform
         dtypes = dtypes_of(program.serve, platform)
         judge = judge_of(program.serve)

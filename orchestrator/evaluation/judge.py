@@ -135,7 +135,7 @@ def interval(parts: Sequence[Sequence[float]], over: str) -> tuple[float, float,
         return value, value - Z * error, value + Z * error
     middle = (value + Z * Z / (2 * count)) / (1 + Z * Z / count)
     half = Z / (1 + Z * Z / count) * math.sqrt(value * (1 - value) / count + Z * Z / (4 * count * count))
-    return value, middle - half, middle + half
+    return value, min(value, middle - half), max(value, middle + half)  # equal at 0 and 1, but for rounding
 
 
 def variance(scores: Sequence[float]) -> float:

@@ -180,7 +180,7 @@ class Host:
         result = caught(getattr(self.program, verb), *args)
         if isinstance(result, Raised):
             return result
-        if self.rank > 0:
+        if self.rank > 0 and not getattr(self.program, "by_host", False):
             result = replace(result, rows=(), evals=()) if verb == "restore" else None
         assert self.program is not None
         return VerbResult(result, self.notice, self.program.trouble())

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -105,20 +105,23 @@ def score(suite: Suite, ready: ReadyHosts, look: suites.Look) -> Exit | Evidence
 
 
 def write(suite: Suite, ready: ReadyHosts, look: suites.Look) -> Exit | Evidence | None:
-    """Two plans under way. None once all texts are there."""
+    """Each host writes texts of its own, two plans under way. None once all texts are there."""
     assert ready.config.serve is not None
-    facts = recover.stand_at(ready, [(ready.config.serve.step,)] * len(ready.group.workers), None)
-    batch, pipeline = schedule.open_batch(facts.limits[0]), Pipeline(ready, suites.done(suite))
-    under_way = {number: begin(suite, batch, number) for number in suites.missing_texts(suite)}
+    hosts_count = len(ready.group.workers)
+    facts = recover.stand_at(ready, [(ready.config.serve.step,)] * hosts_count, None)
+    shares = [Share(schedule.open_batch(facts.limits[0])) for _ in range(hosts_count)]
+    for turn, number in enumerate(suites.missing_texts(suite)):
+        begin(suite, shares[turn % hosts_count], number)
+    pipeline = Pipeline(ready, suites.done(suite))
     sent, unasked, seconds, left = 0, False, 0.0, None
     timeout = ready.config.timeout
     while True:
         left = left or pipelines.reason_to_leave(pipeline)
         wait_s = max(timeout.hang_s, 10 * seconds) if seconds else timeout.step_s
         if not left and sent < PLANS_UNDER_WAY:
-            plan = schedule.plan(batch, STEPS, batch.limits.chunks[-1])
-            if not plan.empty:
-                pipelines.send(pipeline, "step", wait_s, plan)
+            plans = [schedule.plan(one.batch, STEPS, one.batch.limits.chunks[-1]) for one in shares]
+            if not all(plan.empty for plan in plans):
+                pipelines.send_each(pipeline, "step", wait_s, [(plan,) for plan in plans])
                 sent, unasked = sent + 1, True
                 continue
         if unasked and sent < PLANS_UNDER_WAY:
@@ -130,41 +133,44 @@ def write(suite: Suite, ready: ReadyHosts, look: suites.Look) -> Exit | Evidence
         if results[0].value is None:
             continue
         sent -= 1
-        (answered,) = results[0].value
-        seconds = max(seconds, answered.seconds)
-        take(suite, batch, under_way, schedule.take_answer(batch, answered))
-        ready.report.answered(suites.done(suite), answered.seconds, texts_left=len(under_way))
+        for share, (answered,) in zip(shares, (result.value for result in results), strict=True):
+            take(suite, share, schedule.take_answer(share.batch, answered))
+            seconds = max(seconds, answered.seconds)
+        ready.report.answered(suites.done(suite), seconds, texts_left=len(suites.missing_texts(suite)))
         look()
-    return left if under_way else None
+    return left if suites.missing_texts(suite) else None
 
 
-def begin(suite: Suite, batch: Batch, number: int) -> tuple[schedule.Sequence, TextStream, list[str]]:
+@dataclass
+class Share:
+    """The texts that a host writes."""
+
+    batch: Batch
+    under_way: dict[int, tuple[schedule.Sequence, TextStream, list[str]]] = field(default_factory=dict)  # by number
+
+
+def begin(suite: Suite, share: Share, number: int) -> None:
     text = suite.asked.texts[number]
     sequence = schedule.Sequence(number, text.tokens, text.sampling, text.max_tokens, text.ends)
-    schedule.submit(batch, sequence)
-    return sequence, TextStream(suite.coder, text.stops), []
+    schedule.submit(share.batch, sequence)
+    share.under_way[number] = sequence, TextStream(suite.coder, text.stops), []
 
 
-def take(
-    suite: Suite,
-    batch: Batch,
-    under_way: dict[int, tuple[schedule.Sequence, TextStream, list[str]]],
-    news: list[schedule.News],
-) -> None:
+def take(suite: Suite, share: Share, news: list[schedule.News]) -> None:
     """A text ends at its stop string, or where its sequence does."""
     for item in news:
         number = item.sequence.id
-        if number not in under_way:
+        if number not in share.under_way:
             continue
-        sequence, stream, parts = under_way[number]
+        sequence, stream, parts = share.under_way[number]
         parts.append(streams.add(stream, item.chosen.tokens if item.chosen else ()))
         if stream.stopped is None and sequence.ended is None:
             continue
         if stream.stopped is None:
             parts.append(streams.end(stream))
         else:
-            schedule.cancel(batch, sequence)
-        del under_way[number]
+            schedule.cancel(share.batch, sequence)
+        del share.under_way[number]
         ledger.take_text(suite.answers, number, "".join(parts), len(sequence.tokens))
 
 
