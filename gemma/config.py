@@ -307,6 +307,7 @@ class Evaluate:
     data: str | None  # a folder with the benchmarks' files; null takes them from the Hugging Face hub
     limit: int | None  # documents of each part of a row; null is all
     chat: bool  # questions are put as a conversation; examples are turns of it
+    contamination: bool  # whether the training text is searched for the questions
     run_code: bool  # whether programs that the model writes are run, in a sandbox
     block: int  # tokens that a device computes at a time; results may differ in the last bits with it
     slots: int  # texts that are written together

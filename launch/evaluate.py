@@ -48,7 +48,7 @@ def of_run(own: dict[str, str], overrides: list[str]) -> tuple[Config, dict[str,
     fresh = defaults([], "evaluate")
     kept = {name: old[name] for name in old if name not in ("run", "chaos", "resume", "detach", "evaluate", "serve")}
     container = fresh | kept
-    container["evaluate"] |= {"weights": str(folder), "step": step}
+    container["evaluate"] |= {"weights": str(folder), "step": step, "contamination": True}
     container["run"] = fresh["run"] | {"root": own["run.root"]}
     return checked(apply(container, overrides)), {"id": folder.name, "step": step}
 

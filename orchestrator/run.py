@@ -107,9 +107,9 @@ def results(config: Config, folder: Path) -> list[str]:
     if config.serve is not None:
         return []
     if config.asks:
-        from orchestrator.programs.suite import shown
+        from orchestrator.evaluation import results as found
 
-        return shown(folder)
+        return found.lines(folder)
     return evaluation_results(evaluated(folder), rows) if config.evaluate else training_results(rows)
 
 

@@ -61,12 +61,12 @@ def prompts(model: Model) -> list[list[int]]:
     return [rng.integers(3, model.vocab, length).tolist() for length in (2, 2 * model.window + 1, 7 * model.window)]
 
 
-def tensors(model: Model) -> dict[str, np.ndarray]:
+def tensors(model: Model, spread: float = 5) -> dict[str, np.ndarray]:
     """float32, from whole numbers: those NumPy draws alike in every version. Large enough for the caps to bite."""
     rng = np.random.default_rng(0)
     out = {}
     for name, shape in layout.tensor_shapes(model, layout.HF).items():
-        size = 0.7 if "norm" in name else 5 * model.width**-0.5
+        size = 0.7 if "norm" in name else spread * model.width**-0.5
         out[name] = (rng.integers(-(2**15), 2**15, shape) / 2**15 * size).astype(np.float32)
     return out
 
@@ -111,11 +111,11 @@ def config_json(model: Model) -> dict[str, Any]:
     }
 
 
-def write_folder(folder: Path, model: Model, dtype: str = "float32", files: int = 1) -> Path:
+def write_folder(folder: Path, model: Model, dtype: str = "float32", files: int = 1, spread: float = 5) -> Path:
     """A Hugging Face folder, by the library's own writer: one file, or several and their index."""
     folder.mkdir()
     kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
-    held = {name: array.astype(kind) for name, array in tensors(model).items()}
+    held = {name: array.astype(kind) for name, array in tensors(model, spread).items()}
     (folder / "config.json").write_text(json.dumps(config_json(model)))
     if files == 1:
         save_file(held, folder / "model.safetensors")

@@ -8,8 +8,10 @@ same bits whenever and wherever it is computed.
 """
 
 import hashlib
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -18,9 +20,11 @@ import numpy as np
 Ids = Sequence[int]
 
 SHORTEST_PREFIX = 32  # one that is shorter is left in the rows
-WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+WIDEST = 8192
+MOST_WIDTHS = 8  # of rows: each is a program for every size of prefix
+WIDTH_STEP = 16
 PREFIX_WIDTHS = (0, 128, 256, 512, 1024, 2048, 4096, 8192)
-TARGET_COUNTS = (4, 16, 64, 256, 1024, 8192)
+LOGITS = 256  # targets whose logits are there at a time
 FILE = "requests.npz"
 
 
@@ -57,7 +61,7 @@ class Plan:
     prefix_at: np.ndarray
     rows: np.ndarray  # of all blocks
     rows_at: np.ndarray  # by block
-    shapes: np.ndarray  # by block: prefix, width, rows, targets
+    shapes: np.ndarray  # by block: prefix, width of a row, rows, targets of all rows
 
     @property
     def blocks(self) -> int:
@@ -121,7 +125,7 @@ def documents_of(documents: Sequence[Sequence[Request]]) -> list[Sequence[Reques
     """The same, one whose row would be too wide request by request."""
     found: list[Sequence[Request]] = []
     for document in documents:
-        wide = len(make_row(document, 0).tokens) > WIDTHS[-1]
+        wide = len(make_row(document, 0).tokens) > WIDEST
         found += [[request] for request in document] if wide else [document]
     return found
 
@@ -133,7 +137,7 @@ def make_plan(tasks: Sequence[Sequence[Sequence[Request]]], block_tokens: int) -
     """
     rows: list[Row] = []
     prefixes: list[Ids] = []
-    of_width: dict[tuple[int, int], list[int]] = {}  # rows by prefix (-1: none) and width
+    of_prefix: dict[int, list[int]] = {}  # rows by prefix; -1: none
     for task in tasks:
         documents = documents_of(task)
         length = prefix_of(documents)
@@ -141,21 +145,27 @@ def make_plan(tasks: Sequence[Sequence[Sequence[Request]]], block_tokens: int) -
         if length:
             prefixes.append(documents[0][0].tokens[:length])
         for document in documents:
-            row = make_row(document, length)
-            of_width.setdefault((prefix, at_least(WIDTHS, len(row.tokens))), []).append(len(rows))
-            rows.append(row)
-    of_width = folded(of_width, block_tokens)
+            of_prefix.setdefault(prefix, []).append(len(rows))
+            rows.append(make_row(document, length))
+    widths = widths_for([len(row.tokens) for row in rows])
     blocks: list[list[int]] = []
-    shapes = []
-    most: dict[int, int] = {}  # targets of a row, by width
-    for (_, width), those in of_width.items():
-        most[width] = max(most.get(width, 0), *(len(rows[row].target) for row in those))
+    sizes: list[tuple[int, int, int]] = []
+    for prefix, its_rows in of_prefix.items():
+        by_width: dict[int, list[int]] = {}
+        for row in its_rows:
+            by_width.setdefault(at_least(widths, len(rows[row].tokens)), []).append(row)
+        for width, those in folded(by_width, block_tokens).items():
+            size = max(1, block_tokens // width)
+            for first in range(0, len(those), size):
+                blocks.append(those[first : first + size])
+                sizes.append((prefix, width, size))
     # Blocks of like shape follow one another, so that several devices find enough of them.
-    for (prefix, width), those in sorted(of_width.items(), key=lambda item: (item[0][1], item[0][0])):
-        size = max(1, block_tokens // width)
-        for first in range(0, len(those), size):
-            blocks.append(those[first : first + size])
-            shapes.append((prefix, width, size, at_least(TARGET_COUNTS, most[width])))
+    order = sorted(range(len(blocks)), key=lambda block: (sizes[block][1], sizes[block][0]))
+    blocks, sizes = [blocks[block] for block in order], [sizes[block] for block in order]
+    most: dict[int, int] = {}  # targets of a block, by width
+    for block, (_, width, _) in zip(blocks, sizes, strict=True):
+        most[width] = max(most.get(width, 0), sum(len(rows[row].target) for row in block))
+    shapes = [(*one, padded(most[one[1]])) for one in sizes]
     tokens, row_at = flat(row.tokens for row in rows)
     target, target_at = flat(row.target for row in rows)
     counts, request_at = flat(row.counts for row in rows)
@@ -179,22 +189,44 @@ def make_plan(tasks: Sequence[Sequence[Sequence[Request]]], block_tokens: int) -
     )
 
 
-def folded(of_width: dict[tuple[int, int], list[int]], block_tokens: int) -> dict[tuple[int, int], list[int]]:
-    """Rows that would not fill a block go among those of their prefix that are wider, where all fit in one: fewer
-    shapes, and fewer blocks that are mostly empty.
+def padded(count: int) -> int:
+    """Targets of a block: a power of two, or whole parts of LOGITS."""
+    return -(-count // LOGITS) * LOGITS if count > LOGITS else 1 << max(4, (count - 1).bit_length())
+
+
+def widths_for(lengths: Sequence[int]) -> list[int]:
+    """At most MOST_WIDTHS widths, for which rows of these lengths are padded least."""
+    counts = Counter(-(-max(1, length) // WIDTH_STEP) * WIDTH_STEP for length in lengths)
+    known = sorted(counts)
+    before = [0, *itertools.accumulate(counts[width] for width in known)]  # rows that are narrower
+    least = [before[n + 1] * width for n, width in enumerate(known)]  # places, where all up to n have one width
+    chosen: list[list[int]] = [[width] for width in known]
+    for _ in range(MOST_WIDTHS - 1):
+        step = [
+            min((least[m] + (before[n + 1] - before[m + 1]) * width, m) for m in range(n)) if n else (least[0], -1)
+            for n, width in enumerate(known)
+        ]
+        better = [n for n, (places, _) in enumerate(step) if places < least[n]]
+        made = {n: [*chosen[step[n][1]], known[n]] for n in better}
+        for n in better:
+            chosen[n], least[n] = made[n], step[n][0]
+    return chosen[-1] if chosen else []
+
+
+def folded(by_width: Mapping[int, list[int]], block_tokens: int) -> dict[int, list[int]]:
+    """What would leave the last block of a width partly empty goes among wider rows, where all of it fits in one block:
+    fewer shapes, and fewer empty places.
     """
-    found: dict[tuple[int, int], list[int]] = {}
-    held: dict[int, list[int]] = {}  # by prefix
-    wider: dict[int, list[int]] = {}
-    for prefix, width in sorted(of_width):
-        wider.setdefault(prefix, []).append(width)
-    for prefix, widths in wider.items():
-        for width, after in zip(widths, [*widths[1:], None], strict=True):
-            those = held.pop(prefix, []) + of_width[prefix, width]
-            if after is not None and len(those) * after <= block_tokens:
-                held[prefix] = those
-            else:
-                found[prefix, width] = sorted(those)
+    found: dict[int, list[int]] = {}
+    held: list[int] = []
+    widths = sorted(by_width)
+    for width, wider in zip(widths, [*widths[1:], None], strict=True):
+        those = sorted(held + by_width[width])
+        over = len(those) % max(1, block_tokens // width)
+        kept = len(those) - over if wider is not None and over * wider <= block_tokens else len(those)
+        those, held = those[:kept], those[kept:]
+        if those:
+            found[width] = those
     return found
 
 

@@ -1,7 +1,7 @@
 """The log-probabilities of blocks of rows: a prefix's keys and values once, then rows of branches behind it.
 
-R rows of all devices, T tokens of a row, C targets of a row, P tokens of the prefix, S keys a row sees: P + T. N query
-heads, K kv heads, G = N/K, H head size, D width, V vocabulary.
+R rows of all devices, T tokens of a row, X devices that have rows, C targets of a device, P tokens of the prefix, S
+keys a row sees: P + T. N query heads, K kv heads, G = N/K, H head size, D width, V vocabulary.
 
 A device has its own rows and never another's; weights are gathered along `fsdp` before they are used. So a row's bits
 do not depend on how many devices there are. They do on `mesh.tensor`: heads are summed over it.
@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gemma.batching.rows import LOGITS
 from gemma.engine.forward import Shape, all_logits, hidden, weight_places
 from gemma.model.attention import MASKED, soft_cap
 from gemma.model.transformer import float32_means_float32
 
 Tree = Any
 ROWS = ("replica", "fsdp")  # mesh axes over which rows are cut
-LOGITS = 64  # targets of a row whose logits are there at a time
 
 
 class Block(NamedTuple):
@@ -31,8 +31,8 @@ class Block(NamedTuple):
     tokens_RT: Any
     position_RT: Any
     branch_RT: Any
-    place_RC: Any
-    target_RC: Any
+    place_XC: Any  # in the device's own rows, one behind another
+    target_XC: Any
 
 
 Prefix = tuple[tuple[jax.Array, jax.Array], ...]  # of each layer: k_PKH, v_PKH, everywhere
@@ -123,31 +123,31 @@ def read_prefix(shape: Shape, weights: Tree, tokens_P: jax.Array, length: jax.Ar
 
 
 def score(shape: Shape, weights: Tree, block: Block, prefix: Prefix, length: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Each target's log-probability in nats, float32 [R, C], and whether it is the most likely token."""
+    """Each target's log-probability in nats, float32 [X, C], and whether it is the most likely token."""
     weights = gathered(shape, weights)
     attend = partial(attention, shape, block.position_RT, block.branch_RT, prefix, length)
     with float32_means_float32(shape.dtype):
         x_RTD = hidden(shape, weights, block.tokens_RT, block.position_RT, attend)
-        x_RCD = jnp.take_along_axis(x_RTD, block.place_RC[..., None], axis=1)
-        R, C, D = x_RCD.shape
+        X, C = block.place_XC.shape
+        x_XCD = jnp.take_along_axis(x_RTD.reshape(X, -1, x_RTD.shape[-1]), block.place_XC[..., None], axis=1)
         size = min(LOGITS, C)
 
         def part(_: None, xs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
-            x_RcD, target_Rc = xs
-            logits_RcV = all_logits(shape, weights, x_RcD)
-            chosen_Rc = jnp.take_along_axis(logits_RcV, target_Rc[..., None], axis=-1)[..., 0]
-            greedy_Rc = jnp.argmax(logits_RcV, axis=-1) == target_Rc
-            return None, (chosen_Rc - jax.nn.logsumexp(logits_RcV, axis=-1), greedy_Rc)
+            x_XcD, target_Xc = xs
+            logits_XcV = all_logits(shape, weights, x_XcD)
+            chosen_Xc = jnp.take_along_axis(logits_XcV, target_Xc[..., None], axis=-1)[..., 0]
+            greedy_Xc = jnp.argmax(logits_XcV, axis=-1) == target_Xc
+            return None, (chosen_Xc - jax.nn.logsumexp(logits_XcV, axis=-1), greedy_Xc)
 
-        cut = x_RCD.reshape(R, C // size, size, D).swapaxes(0, 1), block.target_RC.reshape(R, C // size, size)
-        _, found = jax.lax.scan(part, None, (cut[0], cut[1].swapaxes(0, 1)))
-    logprob_RC, greedy_RC = (x.swapaxes(0, 1).reshape(R, C) for x in found)
-    return logprob_RC, greedy_RC
+        cut = x_XCD.reshape(X, C // size, size, -1), block.target_XC.reshape(X, C // size, size)
+        _, found = jax.lax.scan(part, None, (cut[0].swapaxes(0, 1), cut[1].swapaxes(0, 1)))
+    logprob_XC, greedy_XC = (x.swapaxes(0, 1).reshape(X, C) for x in found)
+    return logprob_XC, greedy_XC
 
 
 def programs(shape: Shape, weights: Tree, sizes: Sequence[tuple[int, int, int, int]]) -> dict[Any, tuple[Any, Any]]:
     """By name and sizes: what is to be compiled, and the shapes of what it takes. sizes: of prefix, row, rows of a
-    device, and targets.
+    device, and its targets.
     """
     mesh = shape.mesh
     everywhere = NamedSharding(mesh, P())
@@ -159,7 +159,7 @@ def programs(shape: Shape, weights: Tree, sizes: Sequence[tuple[int, int, int, i
             tokens_P = jax.ShapeDtypeStruct((prefix,), jnp.int32, sharding=everywhere)
             jitted = jax.jit(partial(read_prefix, shape), out_shardings=prefix_places(shape))
             found["prefix", prefix] = jitted, (weights, tokens_P, scalar)
-        wide, narrow = (rows * devices, width), (rows * devices, targets)
+        wide, narrow = (rows * devices, width), (devices, targets)
         block = Block(
             *(
                 jax.ShapeDtypeStruct(narrow if name.endswith("C") else wide, jnp.int32, sharding=place)

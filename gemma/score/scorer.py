@@ -135,20 +135,17 @@ class Scorer:
 
     def received(self, blocks: tuple[int, ...], found: Any) -> list[Scores]:
         """Waits for a step. A request's log-probability is the sum of its targets', in order, in float64."""
-        logprob_RC, greedy_RC = jax.device_get(found)
+        logprob_XC, greedy_XC = jax.device_get(found)
         told = []
         for slot, block in enumerate(blocks):
             if block < 0:
                 continue
-            size, scores = int(self.plan.shapes[block][2]), []
-            members = self.plan.rows[self.plan.rows_at[block] : self.plan.rows_at[block + 1]]
-            for n, row in enumerate(members):
-                first = 0
-                for request in range(self.plan.request_at[row], self.plan.request_at[row + 1]):
-                    last = first + int(self.plan.counts[request])
-                    parts = logprob_RC[slot * size + n, first:last].tolist()
-                    scores.append((sum(parts), bool(greedy_RC[slot * size + n, first:last].all())))
-                    first = last
+            scores, first = [], 0
+            for request in self.plan.requests_of(block):
+                last = first + int(self.plan.counts[request])
+                parts = logprob_XC[slot, first:last].tolist()
+                scores.append((sum(parts), bool(greedy_XC[slot, first:last].all())))
+                first = last
             told.append(Scores(block, tuple(scores)))
         return told
 
@@ -161,10 +158,11 @@ def block_arrays(plan: Plan, blocks: Sequence[int], width: int, rows: int, targe
     R = rows * len(blocks)
     tokens_RT, branch_RT = np.zeros((R, width), np.int32), np.zeros((R, width), np.int32)
     position_RT = np.full((R, width), -1, np.int32)
-    place_RC, target_RC = np.zeros((R, targets), np.int32), np.zeros((R, targets), np.int32)
+    place_XC, target_XC = (np.zeros((len(blocks), targets), np.int32) for _ in range(2))
     for slot, block in enumerate(blocks):
         if block < 0:
             continue
+        first = 0
         for n, row in enumerate(plan.rows[plan.rows_at[block] : plan.rows_at[block + 1]]):
             at, part = slot * rows + n, slice(*plan.row_at[row : row + 2])
             length = part.stop - part.start
@@ -172,6 +170,8 @@ def block_arrays(plan: Plan, blocks: Sequence[int], width: int, rows: int, targe
             position_RT[at, :length] = plan.position[part]
             branch_RT[at, :length] = plan.branch[part]
             part = slice(*plan.target_at[row : row + 2])
-            place_RC[at, : part.stop - part.start] = plan.place[part]
-            target_RC[at, : part.stop - part.start] = plan.target[part]
-    return Block(tokens_RT, position_RT, branch_RT, place_RC, target_RC)
+            last = first + int(part.stop - part.start)
+            place_XC[slot, first:last] = plan.place[part] + n * width
+            target_XC[slot, first:last] = plan.target[part]
+            first = last
+    return Block(tokens_RT, position_RT, branch_RT, place_XC, target_XC)

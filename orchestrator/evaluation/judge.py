@@ -7,7 +7,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,13 @@ def judge(
     for one in documents:
         one.pop("program", None)
     return result, documents
+
+
+def mark_contaminated(result: dict[str, Any], documents: Sequence[Document], seen: Collection[tuple[str, int]]) -> None:
+    """seen: row/part and number of the documents that stand in the training text."""
+    for one in documents:
+        one["contaminated"] = (f"{result['name']}/{one['part']}", one["doc"]) in seen
+    result["contaminated"] = statistics.fmean(one["contaminated"] for one in documents)
 
 
 def head(row: Row) -> dict[str, Any]:
@@ -127,12 +134,12 @@ def interval(parts: Sequence[Sequence[float]], over: str) -> tuple[float, float,
     if over == "parts" and len(parts) > 1:
         value = statistics.fmean(statistics.fmean(part) for part in parts)
         error = math.sqrt(sum(variance(part) / len(part) for part in parts)) / len(parts)
-        return value, value - Z * error, value + Z * error
+        return value, max(0.0, value - Z * error), min(1.0, value + Z * error)
     scores = [score for part in parts for score in part]
     value, count = statistics.fmean(scores), len(scores)
     if not all(score in (0.0, 1.0) for score in scores):
         error = math.sqrt(variance(scores) / count)
-        return value, value - Z * error, value + Z * error
+        return value, max(0.0, value - Z * error), min(1.0, value + Z * error)
     middle = (value + Z * Z / (2 * count)) / (1 + Z * Z / count)
     half = Z / (1 + Z * Z / count) * math.sqrt(value * (1 - value) / count + Z * Z / (4 * count * count))
     return value, min(value, middle - half), max(value, middle + half)  # equal at 0 and 1, but for rounding

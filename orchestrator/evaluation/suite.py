@@ -13,15 +13,13 @@ from gemma.text import tokenizer as tokenizers
 from gemma.text.tokenizer import Tokenizer
 from orchestrator.config import Config
 from orchestrator.evaluation import answers as ledger
+from orchestrator.evaluation import contamination, requests, sandbox, tasks
 from orchestrator.evaluation import judge as judging
-from orchestrator.evaluation import page, requests, sandbox, table, tasks
+from orchestrator.evaluation import results as written
 from orchestrator.evaluation.answers import Answers
 from orchestrator.evaluation.requests import Asked, Rendered
 from orchestrator.evaluation.tasks import NoDataError, Row
-from orchestrator.record import rundir
-from orchestrator.record.jsonfile import read_object
 
-RESULTS, PAGE, SAMPLES = "results.json", "evaluation.html", "samples"
 Look = Callable[[], None]  # after each answer: at what may be done beside
 
 
@@ -116,6 +114,16 @@ def computed_tokens(asked: Asked) -> int:
     return len(plan.tokens) + len(plan.prefix) + sum(len(text.tokens) for text in asked.texts)
 
 
+def contaminated(suite: Suite) -> set[contamination.Key]:
+    """The documents, by part, whose questions stand in the training text."""
+    questions = {
+        (f"{one.row}/{one.part}", instance.doc_id): contamination.question_of(one.task, instance)
+        for one in suite.rendered
+        for instance, _ in (*one.scores, *one.texts)
+    }
+    return contamination.found_in(contamination.index_of(questions), contamination.texts_of(suite.config.data))
+
+
 def facts(suite: Suite) -> dict[str, Any]:
     """For events.jsonl."""
     asked = suite.asked
@@ -154,6 +162,7 @@ def judge(suite: Suite) -> dict[str, Any]:
     what = suite.config.evaluate
     assert what is not None
     judged = []
+    seen = contaminated(suite) if what.contamination else None
     for row in suite.rows:
         if row.name in suite.absent:
             why = suite.absent[row.name]
@@ -162,7 +171,9 @@ def judge(suite: Suite) -> dict[str, Any]:
             continue
         parts = [one for one in suite.rendered if one.row == row.name]
         result, samples = judging.judge(row, parts, scores, suite.answers.texts)
-        judging.write_samples(suite.folder / SAMPLES / f"{row.name}.jsonl", samples)
+        if seen is not None:
+            judging.mark_contaminated(result, samples, seen)
+        judging.write_samples(suite.folder / written.SAMPLES / f"{row.name}.jsonl", samples)
         judged.append(result)
     results = {
         "run": suite.folder.name,
@@ -177,17 +188,5 @@ def judge(suite: Suite) -> dict[str, Any]:
         "digest": suite.asked.digest,
         "rows": judged,
     }
-    rundir.write_json(suite.folder / RESULTS, results)
-    rundir.try_text(suite.folder / PAGE, page.render(results, page.read_samples(suite.folder / SAMPLES)))
+    written.write(suite.folder, results)
     return results
-
-
-def results_of(folder: Path) -> dict[str, Any] | None:
-    """Of a finished evaluation."""
-    return read_object(folder / RESULTS)
-
-
-def table_of(folder: Path) -> list[str]:
-    """The table as lines; none before all is answered."""
-    found = results_of(folder)
-    return table.text(found).splitlines() if found else []

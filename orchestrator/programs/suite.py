@@ -20,6 +20,7 @@ from orchestrator import config as configs
 from orchestrator.chaos import chaos, faults
 from orchestrator.config import Config
 from orchestrator.evaluation import answers as ledger
+from orchestrator.evaluation import results
 from orchestrator.evaluation import suite as suites
 from orchestrator.evaluation.suite import Suite
 from orchestrator.exit import Exit
@@ -46,7 +47,8 @@ def asking(config: Config, folder: Path, report: Report) -> Iterator[tuple[Work,
     yield partial(answer, suite), None
     if suites.left(suite) == 0:
         report.phase("other", "judging the answers")
-        suites.judge(suite)
+        step = (config.evaluate.step if config.evaluate else None) or 0  # the axis that the run's own curves have
+        report.wandb.log({"step": step} | results.for_wandb(suites.judge(suite)))
 
 
 def answer(suite: Suite, ready: ReadyHosts) -> Exit | Evidence:
@@ -172,8 +174,3 @@ def take(suite: Suite, share: Share, news: list[schedule.News]) -> None:
             schedule.cancel(share.batch, sequence)
         del share.under_way[number]
         ledger.take_text(suite.answers, number, "".join(parts), len(sequence.tokens))
-
-
-def shown(folder: Path) -> list[str]:
-    """The table, for the summary of the run."""
-    return suites.table_of(folder)
