@@ -222,10 +222,16 @@ class Eval:
     every: int  # steps; 0 is off
     rows: int  # of each set, at most; the same ones whatever train.batch and the mesh are
     sets: dict[str, str] | None  # name: path, read as data.path is; beside the run's own held-out split
+    tasks: tuple[str, ...]  # rows of the model card that are answered by choosing, asked every so many steps too
+    limit: int | None  # documents of each part of them; null is all
+    data: str | None  # a folder with the benchmarks' files; null takes them from the Hugging Face hub
 
     def __post_init__(self) -> None:
         require_at_least("eval", {"every": self.every}, 0)
         require_at_least("eval", {"rows": self.rows}, 1)
+        require(self.limit is None or self.limit >= 1, f"eval.limit={self.limit}: must be at least 1, or null")
+        require_local("eval.data", self.data or "")
+        require(not self.tasks or self.every > 0, "eval.tasks: are asked every eval.every steps, which is 0")
         for name, path in (self.sets or {}).items():
             require(
                 bool(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name)) and name != OWN_SPLIT,

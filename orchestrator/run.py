@@ -28,7 +28,7 @@ from orchestrator.interrupt import Interrupt, StoppedError
 from orchestrator.programs import replicas
 from orchestrator.programs.evaluate import evaluate, evaluated
 from orchestrator.programs.pipeline import stop_spending
-from orchestrator.programs.train import train
+from orchestrator.programs.train import asked_too, train
 from orchestrator.record import rundir
 from orchestrator.record.progress import evaluation_results, summary, training_results
 from orchestrator.record.report import Report, resume_command
@@ -89,6 +89,8 @@ def program_of(config: Config, folder: Path, report: Report) -> AbstractContextM
         from orchestrator.programs.suite import asking  # lm-eval: seconds
 
         return asking(config, folder, report)
+    if config.evaluate is None and config.eval.tasks:
+        return asked_too(config, folder, report)
     return contextlib.nullcontext((evaluate if config.evaluate else train, None))
 
 

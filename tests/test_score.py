@@ -60,7 +60,7 @@ def scorer(tmp_path: Path, name: str, tasks: list[list[list[Request]]], mesh: Me
         evaluate=evaluating(weights),
     )
     found = Scorer(program, tmp_path, tmp_path / "cache")
-    found.restore(0, found.plan.digest())
+    found.restore(0, found.blocks.digest)
     return found
 
 
@@ -71,10 +71,10 @@ def evaluating(weights: Path) -> Evaluate:
 def answers(made: Scorer, order: list[int] | None = None) -> dict[int, tuple[float, bool]]:
     """By request."""
     devices = made.mesh.shape["replica"] * made.mesh.shape["fsdp"]
-    steps = rows.steps(made.plan, order or range(made.plan.blocks), devices)
+    steps = rows.steps(made.blocks.plan, order or range(made.blocks.plan.blocks), devices)
     found = {}
     for scores in made.score(steps):
-        found |= dict(zip(made.plan.requests_of(scores.block), scores.found, strict=True))
+        found |= dict(zip(made.blocks.plan.requests_of(scores.block), scores.found, strict=True))
     return found
 
 
@@ -122,7 +122,7 @@ def test_any_number_of_devices_gives_the_same_bits(tmp_path: Path, mesh: Mesh) -
 def test_what_is_asked_in_another_order_or_by_parts_has_the_same_bits(tmp_path: Path) -> None:
     name = next(iter(MODELS))
     made = scorer(tmp_path, name, some_tasks(name), Mesh(1, 1, 1))
-    whole, order = answers(made), list(range(made.plan.blocks))
+    whole, order = answers(made), list(range(made.blocks.plan.blocks))
     random.Random(3).shuffle(order)
     assert answers(made, order) == whole
     assert answers(made, order[:2]).items() <= whole.items()

@@ -7,7 +7,7 @@ A device has its own rows and never another's; weights are gathered along `fsdp`
 do not depend on how many devices there are. They do on `mesh.tensor`: heads are summed over it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,9 @@ from gemma.model.transformer import float32_means_float32
 
 Tree = Any
 ROWS = ("replica", "fsdp")  # mesh axes over which rows are cut
+
+
+Of = Callable[[Tree], Tree]
 
 
 class Block(NamedTuple):
@@ -106,7 +109,7 @@ def attention(
     return out_RTKGH.reshape(R, T, N, H)
 
 
-def read_prefix(shape: Shape, weights: Tree, tokens_P: jax.Array, length: jax.Array) -> Prefix:
+def read_prefix(shape: Shape, of: Of, weights: Tree, tokens_P: jax.Array, length: jax.Array) -> Prefix:
     """Keys and values of a prefix; what lies behind its length is never seen."""
     found: list[tuple[jax.Array, jax.Array]] = []
     at_1P = jnp.arange(len(tokens_P))[None]
@@ -118,13 +121,15 @@ def read_prefix(shape: Shape, weights: Tree, tokens_P: jax.Array, length: jax.Ar
         return attend(layer, q_RTNH, k_RTKH, v_RTKH)
 
     with float32_means_float32(shape.dtype):
-        hidden(shape, gathered(shape, weights), tokens_P[None], position_1P, kept)
+        hidden(shape, gathered(shape, of(weights)), tokens_P[None], position_1P, kept)
     return tuple(found)
 
 
-def score(shape: Shape, weights: Tree, block: Block, prefix: Prefix, length: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Each target's log-probability in nats, float32 [X, C], and whether it is the most likely token."""
-    weights = gathered(shape, weights)
+def score(
+    shape: Shape, of: Of, weights: Tree, block: Block, prefix: Prefix, length: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Each target's log-probability in nats, float32 [X, C], and whether no token is more likely."""
+    weights = gathered(shape, of(weights))
     attend = partial(attention, shape, block.position_RT, block.branch_RT, prefix, length)
     with float32_means_float32(shape.dtype):
         x_RTD = hidden(shape, weights, block.tokens_RT, block.position_RT, attend)
@@ -136,7 +141,7 @@ def score(shape: Shape, weights: Tree, block: Block, prefix: Prefix, length: jax
             x_XcD, target_Xc = xs
             logits_XcV = all_logits(shape, weights, x_XcD)
             chosen_Xc = jnp.take_along_axis(logits_XcV, target_Xc[..., None], axis=-1)[..., 0]
-            greedy_Xc = jnp.argmax(logits_XcV, axis=-1) == target_Xc
+            greedy_Xc = chosen_Xc >= logits_XcV.max(axis=-1)  # argmax takes a CPU as long as the rest of it
             return None, (chosen_Xc - jax.nn.logsumexp(logits_XcV, axis=-1), greedy_Xc)
 
         cut = x_XCD.reshape(X, C // size, size, -1), block.target_XC.reshape(X, C // size, size)
@@ -145,9 +150,11 @@ def score(shape: Shape, weights: Tree, block: Block, prefix: Prefix, length: jax
     return logprob_XC, greedy_XC
 
 
-def programs(shape: Shape, weights: Tree, sizes: Sequence[tuple[int, int, int, int]]) -> dict[Any, tuple[Any, Any]]:
-    """By name and sizes: what is to be compiled, and the shapes of what it takes. sizes: of prefix, row, rows of a
-    device, and its targets.
+def programs(
+    shape: Shape, weights: Tree, of: Of, sizes: Sequence[tuple[int, int, int, int]]
+) -> dict[Any, tuple[Any, Any]]:
+    """By name and sizes: what is to be compiled, and the shapes of what it takes. weights: as they are held; `of` makes
+    of them what `gemma.engine.forward` computes with. sizes: of prefix, row, rows of a device, and its targets.
     """
     mesh = shape.mesh
     everywhere = NamedSharding(mesh, P())
@@ -157,7 +164,7 @@ def programs(shape: Shape, weights: Tree, sizes: Sequence[tuple[int, int, int, i
     for prefix, width, rows, targets in sizes:
         if prefix and ("prefix", prefix) not in found:
             tokens_P = jax.ShapeDtypeStruct((prefix,), jnp.int32, sharding=everywhere)
-            jitted = jax.jit(partial(read_prefix, shape), out_shardings=prefix_places(shape))
+            jitted = jax.jit(partial(read_prefix, shape, of), out_shardings=prefix_places(shape))
             found["prefix", prefix] = jitted, (weights, tokens_P, scalar)
         wide, narrow = (rows * devices, width), (devices, targets)
         block = Block(
@@ -167,6 +174,6 @@ def programs(shape: Shape, weights: Tree, sizes: Sequence[tuple[int, int, int, i
             )
         )
         before = empty_prefix(shape, prefix) if prefix else ()
-        jitted = jax.jit(partial(score, shape), out_shardings=everywhere)
+        jitted = jax.jit(partial(score, shape, of), out_shardings=everywhere)
         found["score", prefix, width, rows, targets] = jitted, (weights, block, before, scalar)
     return found

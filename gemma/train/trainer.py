@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import math
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from gemma.checkpoint import checksums, disk, saving, snapshot
 from gemma.checkpoint.snapshot import Packed, SnapshotWriter
 from gemma.checkpoint.votes import VOTE_S
 from gemma.config import Program
+from gemma.engine.forward import Shape, unstacked
 from gemma.memory import slots
 from gemma.memory.wire import Address, Source
 from gemma.messages import (
@@ -28,12 +30,14 @@ from gemma.messages import (
     Row,
     SaveBegun,
     SaveFailed,
+    Scores,
     SnapshotsBegun,
     WindowResult,
 )
 from gemma.model import load
 from gemma.model.sharding import make_mesh
 from gemma.plan import flops
+from gemma.score.blocks import Blocks
 from gemma.text import corpus
 from gemma.text import order as orders
 from gemma.text.corpus import Texts
@@ -41,6 +45,7 @@ from gemma.text.order import Order
 from gemma.train import aot, data, held_out
 from gemma.train.step import TrainState, functions
 
+NORMS = ("final_norm", "norms_P4D")  # float32, always
 OVERLAPPED = 0.8  # of a step still runs on the devices when the host starts the next batch
 IN_A_ROW = 3  # bad steps: then the state is bad, not the batch
 PACKINGS = 10  # timed before snapshots begin: the shortest is what one costs
@@ -58,6 +63,17 @@ def compile_key(name: str, program: Program) -> tuple[Any, ...]:
         "eval": (p.model, p.mesh, p.data.sequence, *train),
         **dict.fromkeys(("pack", "unpack", "sums", "copy"), (p.model, p.mesh, p.optim)),
     }[name]
+
+
+def unstacked_in(shape: Shape, params: Any) -> Any:
+    """The parameters as requests are computed with them: in the compute dtype, but for the norms."""
+    dtype = jax.numpy.dtype(shape.dtype)
+
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        kept = any(str(getattr(key, "key", key)) in NORMS for key in path)
+        return leaf if kept else leaf.astype(dtype)
+
+    return unstacked(jax.tree_util.tree_map_with_path(cast, params), shape)
 
 
 class Trainer:
@@ -285,6 +301,25 @@ class Trainer:
             self.eval, _ = self.compile("eval", (self.functions.state.params, self.functions.batch))
             self.ready = time.monotonic()
         return time.monotonic() - started
+
+    def prepare_asking(self, digest: str) -> float:
+        """Compiles or loads what `ask` runs; digest: of the requests that are meant. Returns seconds."""
+        started = time.monotonic()
+        shape = Shape(self.program.model, self.program.train.dtype, self.mesh)
+        weights = self.functions.state.params
+        self.asked = Blocks(self.folder, shape, weights, partial(unstacked_in, shape), self.cache)
+        self.asked.check(digest)
+        self.ready = time.monotonic()
+        return self.ready - started
+
+    def ask(self, steps: Sequence[tuple[int, ...]]) -> tuple[float, tuple[Scores, ...]]:
+        """Seconds, and the scores of these blocks under the weights as they are."""
+        assert self.state is not None
+        started = time.monotonic()
+        found = self.asked.score(self.state.params, steps)
+        self.asked.drop_prefix()
+        self.ready = time.monotonic()
+        return self.ready - started, found
 
     def evaluate(self, step: int) -> Evaluated:
         """The loss of each held-out set, over the same rows every time."""

@@ -27,6 +27,7 @@ MEANS = {
     "compile": "compiling or loading the step",
     "restore": "reading a checkpoint or snapshot",
     "eval": "held-out loss",
+    "tasks": "the model card's tasks",
     "save": "steps held up by a checkpoint",
     "snapshot": "steps held up by a copy in host memory",
     "detect": "from a failure to its detection",

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ray.exceptions import RayError
 
@@ -18,6 +19,9 @@ from orchestrator.programs.saves import Saves
 from orchestrator.programs.window import deadline_of, due, learn, snapshot_every
 from orchestrator.record import rundir
 from orchestrator.recovery.outcome import Evidence
+
+if TYPE_CHECKING:
+    from orchestrator.evaluation.in_loop import Asking
 
 ANSWER_S = 60.0  # for a host to say that its save is not done in time
 LOOK_S = 0.5  # for a save that hosts call done to be seen here
@@ -36,6 +40,7 @@ class Training:
     bad: list[BadStep] = field(default_factory=list)  # bad steps since the hosts last stood at a restored step
     pack_s: float = 0.0  # device time of one snapshot
     wait_s: float = 0.0  # that hosts wait for one while devices have nothing to do
+    asking: "Asking | None" = None  # requests that go with each evaluation
     snapshots: bool = False  # the hosts are attached to memory that outlives their processes
 
 
@@ -57,6 +62,11 @@ def send_due(training: Training) -> None:
         if not training.prepared:
             pipelines.send(pipeline, "prepare", timeout.compile_s)
             training.prepared = True
+            if training.asking:
+                pipelines.send(pipeline, "prepare_asking", timeout.compile_s, training.asking.digest)
+        if training.asking:  # before the evaluation, which is what says that this step's is done
+            wait_s = deadline_of(pipeline.pace, "ask", timeout.compile_s, timeout.hang_s, 1)
+            pipelines.send(pipeline, "ask", wait_s, training.asking.steps)
         wait_s = deadline_of(pipeline.pace, "evaluate", timeout.step_s, timeout.hang_s, 1)
         pipelines.send(pipeline, "evaluate", wait_s, step)
     now, begun = time.monotonic(), training.saves
@@ -113,8 +123,15 @@ def receive(training: Training) -> None:
     waiting = [other.step for other in (sent, *pipeline.sent) if other.verb == "save"]
     if sent.verb == "run":
         receive_steps(training, result)
-    elif sent.verb == "prepare":
+    elif sent.verb in ("prepare", "prepare_asking"):
         report.ledger.move("step", "compile", result)
+    elif sent.verb == "ask":
+        assert training.asking is not None
+        from orchestrator.evaluation import in_loop  # lm-eval, which was imported to make the requests
+
+        seconds, found = result
+        learn(pipeline.pace, "ask", [seconds])
+        report.asked(sent.step, in_loop.values(training.asking, found), seconds)
     elif sent.verb == "evaluate":
         learn(pipeline.pace, "evaluate", [result.seconds])
         report.evaluated(result)

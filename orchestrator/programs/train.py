@@ -1,21 +1,41 @@
 """Training on hosts that stand ready: from where the run can go on to its last step, saved."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from orchestrator.chaos import chaos, faults
+from orchestrator.config import Config
 from orchestrator.exit import Exit
 from orchestrator.hosts import fleet as fleets
 from orchestrator.hosts.memory import Attaching
-from orchestrator.hosts.ready import ReadyHosts
+from orchestrator.hosts.ready import ReadyHosts, Work
 from orchestrator.programs import dispatch, rewind, saves
 from orchestrator.programs import pipeline as pipelines
 from orchestrator.programs.dispatch import Training
 from orchestrator.programs.pipeline import Pipeline
 from orchestrator.programs.saves import Saves
 from orchestrator.record import rundir
+from orchestrator.record.report import Report
 from orchestrator.recovery import recover
 from orchestrator.recovery.outcome import Evidence
 
+if TYPE_CHECKING:
+    from orchestrator.evaluation.in_loop import Asking
 
-def train(ready: ReadyHosts) -> Exit | Evidence:
+
+@contextmanager
+def asked_too(config: Config, folder: Path, report: Report) -> Iterator[tuple[Work, None]]:
+    """With eval.tasks: what is asked is rendered before slices are."""
+    from orchestrator.evaluation import in_loop  # lm-eval: seconds that no other run pays
+
+    report.phase("data", "rendering the requests of eval.tasks")
+    yield partial(train, asking=in_loop.open_asking(config, folder)), None
+
+
+def train(ready: ReadyHosts, asking: "Asking | None" = None) -> Exit | Evidence:
     """Keeps two windows in flight until the last step. All is saved when it returns: FINISHED, STOPPED, or what says
     that the run must move on. Raises HostsFailedError, TimeoutError where the last save does not succeed.
     """
@@ -23,7 +43,7 @@ def train(ready: ReadyHosts) -> Exit | Evidence:
     facts = recover.restore(ready)
     planned = faults.plan(config.chaos, config.train.steps, len(group.workers))
     pipeline = Pipeline(ready, facts.step)
-    training = Training(ready, pipeline, Saves(max(rundir.committed(report.folder), default=0)))
+    training = Training(ready, pipeline, Saves(max(rundir.committed(report.folder), default=0)), asking=asking)
     patience_s = 0.0 if facts.fresh else fleets.PATIENCE_S
     attaching: Attaching | None = fleets.request_memory(fleet, group, ready.opened, patience_s)
     left: Exit | Evidence | None = None

@@ -7,7 +7,7 @@ from typing import Any
 
 BUCKETS = (
     *("step", "replay", "reserve", "start", "data", "compile", "restore", "eval", "save", "snapshot"),
-    *("detect", "down", "other"),
+    *("tasks", "detect", "down", "other"),
 )
 
 

@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -262,6 +262,14 @@ class Report:
         self.event("eval", found.step, found.seconds, loss=loss, bits_per_byte=bits, sets=by_set)
         self.wandb.log(eval_row(found.step, loss, bits, by_set))
         self.evaluated_step = found.step
+
+    def asked(self, step: int, values: Mapping[str, float], seconds: float) -> None:
+        """What the rows of eval.tasks came to, in percent."""
+        self.ledger.move("step", "tasks", seconds)
+        self.event("tasks", step, seconds, values=dict(values))
+        self.wandb.log({"eval/step": step} | {f"eval/tasks/{name}": value for name, value in values.items()})
+        told = ", ".join(f"{name} {value:.1f}" for name, value in values.items())
+        self.screen.say(f"step {step}: {told}")
 
     def saved(self, step: int, duration_s: float) -> None:
         self.ledger.move("step", "save", duration_s)
