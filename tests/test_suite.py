@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator.record import rundir
-from tests.runs import finish, kill_worker, launch, wait_for
+from tests.runs import finish, kill_worker, launch, losses, wait_for
 
 SMALL = ["evaluate.limit=12", "evaluate.block=256", "wandb.mode=disabled"]
 
@@ -106,6 +106,24 @@ def test_a_killed_controller_s_evaluation_goes_on_where_it_was(root: Path, alone
     names = [(row.get("block"), row.get("text")) for row in answered(folder)]
     assert len(names) == len(set(names))
     assert before < len(names)
+
+
+def test_tasks_asked_while_training_change_no_loss_and_say_what_an_evaluation_says(root: Path) -> None:
+    from orchestrator.evaluation.tasks import EXAMPLES
+
+    small = ["train.steps=10", "checkpoint.every=10", "eval.every=5", "optim.warmup_steps=5", "wandb.mode=disabled"]
+    asked = ["eval.tasks=[piqa,boolq]", "eval.limit=8", f"eval.data={EXAMPLES}"]
+    finish(launch("train", f"run.root={root}", "run.id=asked", "cluster.slice=v5p-8", "mesh.fsdp=4", *small, *asked), 0)
+    assert losses(root / "asked") == losses(root / "trained")
+    told = {event["step"]: event["values"] for event in rundir.events(root / "asked") if event["event"] == "tasks"}
+    assert told.keys() == {5, 10}
+    assert rundir.goodput(root / "asked")["buckets"]["tasks"] > 0  # type: ignore[index]
+    same = ["tasks=[piqa,boolq]", "evaluate.limit=8", f"evaluate.data={EXAMPLES}", "wandb.mode=disabled"]
+    finish(launch("evaluate", "run=asked", f"run.root={root}", "run.id=again", *same), 0)
+    rows = json.loads((root / "again" / "results.json").read_text())["rows"]
+    assert {row["name"]: row["value"] for row in rows} == told[10]
+    compared = finish(launch("report", "compare=[again,again,card]", f"run.root={root}"), 0)
+    assert "PIQA" in compared
 
 
 def test_a_row_without_data_says_so_and_the_others_go_on(root: Path, tmp_path: Path) -> None:
