@@ -47,7 +47,7 @@ def of_run(own: dict[str, str], overrides: list[str]) -> tuple[Config, dict[str,
     folder, step, old = named_run(own)
     fresh = defaults([], "evaluate")
     kept = {name: old[name] for name in old if name not in ("run", "chaos", "resume", "detach", "evaluate", "serve")}
-    container = fresh | kept
+    container = fresh | kept | {"eval": fresh["eval"] | old["eval"]}  # of a run that is older than some of its keys
     container["evaluate"] |= {"weights": str(folder), "step": step, "contamination": True}
     container["run"] = fresh["run"] | {"root": own["run.root"]}
     return checked(apply(container, overrides)), {"id": folder.name, "step": step}
