@@ -74,7 +74,7 @@ def program() -> Program:
             init_from=None,
             reduce_dtype="auto",
         ),
-        eval=Eval(every=0, rows=8, sets=None),
+        eval=Eval(every=0, rows=8, sets=None, tasks=(), limit=None, data=None),
         checkpoint=Checkpoint(
             every=0,
             every_minutes=0.0,

@@ -61,7 +61,7 @@ def judged(program: Program, root: Path, mesh: Mesh, batch: int) -> tuple[Any, .
         data=config(root / "a.jsonl"),
         mesh=mesh,
         train=replace(program.train, batch=batch),
-        eval=Eval(every=1, rows=13, sets={"other": str(root / "other.jsonl")}),
+        eval=Eval(every=1, rows=13, sets={"other": str(root / "other.jsonl")}, tasks=(), limit=None, data=None),
     )
     texts = corpus.open_texts(program.data, program.eval, root / "cache", program.model.vocab)
     sets = held_out.eval_sets(program, texts)
@@ -81,7 +81,9 @@ def test_the_loss_is_the_same_for_every_batch_and_mesh(program: Program, small: 
 
 def test_a_set_without_a_row_is_refused_by_its_name(program: Program, small: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.txt").write_text("tiny")
-    program = replace(program, eval=Eval(every=1, rows=4, sets={"web": str(tmp_path / "tiny.txt")}))
+    program = replace(
+        program, eval=Eval(every=1, rows=4, sets={"web": str(tmp_path / "tiny.txt")}, tasks=(), limit=None, data=None)
+    )
     program = replace(program, data=config(small / "a.jsonl"))
     texts = corpus.open_texts(program.data, program.eval, tmp_path / "cache", program.model.vocab)
     with pytest.raises(ConfigError, match=r"eval\.sets\.web=.*tiny\.txt: 6 tokens, less than one row"):

@@ -11,7 +11,7 @@ from gemma.text import corpus, documents, files
 from tests.small_text import BATCH, TEXTS, VOCAB, config, write_jsonl
 
 GOOD = " ".join(TEXTS)
-NO_SETS = Eval(every=0, rows=8, sets=None)
+NO_SETS = Eval(every=0, rows=8, sets=None, tasks=(), limit=None, data=None)
 MB = 1_000_000  # the limit of the tests' config
 
 

@@ -41,7 +41,7 @@ def program(model: Model, *, batch: int, sequence: int, dtype: str, remat: str, 
             clip_norm=1.0,
         ),
         train=Train(100, None, batch, 0, dtype, 1, remat, loss_chunk, None, "auto"),  # type: ignore
-        eval=Eval(every=0, rows=8, sets=None),
+        eval=Eval(every=0, rows=8, sets=None, tasks=(), limit=None, data=None),
         checkpoint=Checkpoint(0, 0.0, 1, 0, "off", 0.01, 60.0),
         profile=Profile(steps=()),
         guard=Guard(action="skip", spike_sigmas=0.0, warmup=100, rollback_steps=1, budget=10),
