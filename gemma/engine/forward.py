@@ -23,6 +23,7 @@ from gemma.model.sharding import EMBEDDING_AXES, sharding
 from gemma.model.transformer import geglu, logits, rms_norm
 
 Tree = Any
+NORMS = ("final_norm", "norms_P4D")  # a few kilobytes: float32, always
 FEWEST_ROWS = 8
 
 

@@ -14,7 +14,7 @@ from gemma.batching.plans import Answer, Limits, Plan, pages_for
 from gemma.config import Mesh, Model, Program, Serve
 from gemma.engine import engine as engines
 from gemma.engine.engine import Engine
-from gemma.engine.forward import Shape
+from gemma.engine.forward import NORMS, Shape
 from gemma.messages import Opened, Restored
 from gemma.model import load
 from gemma.model.sharding import make_mesh, sharding
@@ -23,7 +23,6 @@ from gemma.plan import flops, v5p
 from gemma.weights.sources import open_source
 
 Tree = Any
-NORMS = ("final_norm", "norms_P4D")  # a few kilobytes: float32, always
 CPU_CACHE_BYTES = 1 << 30
 JUDGE_SLOTS, JUDGE_CONTEXT = 8, 4096
 PAGES = {False: 32, True: 128}  # positions of a page; on TPU the kernel asks for pages one by one, so they are larger

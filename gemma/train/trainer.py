@@ -19,7 +19,7 @@ from gemma.checkpoint import checksums, disk, saving, snapshot
 from gemma.checkpoint.snapshot import Packed, SnapshotWriter
 from gemma.checkpoint.votes import VOTE_S
 from gemma.config import Program
-from gemma.engine.forward import Shape, unstacked
+from gemma.engine.forward import NORMS, Shape, unstacked
 from gemma.memory import slots
 from gemma.memory.wire import Address, Source
 from gemma.messages import (
@@ -45,7 +45,6 @@ from gemma.text.order import Order
 from gemma.train import aot, data, held_out
 from gemma.train.step import TrainState, functions
 
-NORMS = ("final_norm", "norms_P4D")  # float32, always
 OVERLAPPED = 0.8  # of a step still runs on the devices when the host starts the next batch
 IN_A_ROW = 3  # bad steps: then the state is bad, not the batch
 PACKINGS = 10  # timed before snapshots begin: the shortest is what one costs

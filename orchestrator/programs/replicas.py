@@ -182,7 +182,7 @@ def attend(server: Server, replica: Replica) -> None:
         replica.left = left
     except Exception as error:
         if not server.over:
-            story = folder / "logs" / "failure.txt"
+            story = folder / "failure.txt"  # its logs may not be there yet
             rundir.try_text(story, traceback.format_exc())
             if not isinstance(error, ConfigError):
                 server.report.screen.say(f"{replica.name} failed: {error} ({story})")
